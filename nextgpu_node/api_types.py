@@ -1,0 +1,137 @@
+"""Requests and replies of the local API, shared by `api` and `sdk`.
+
+JSON on the unix socket.  Sizes in bytes, times in seconds unless the name says otherwise.  Every
+reply carries `schema`; a field may be added under the same number, never changed or removed.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+SCHEMA = 1
+
+
+class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
+    """A device as seen by its owner, or as a peer advertises it."""
+
+    kind: str
+    name: str
+    memory_total_bytes: int
+    memory_free_bytes: int
+    compute_capability: str = ""
+
+
+class SharingView(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether this node lends, and the one-line reason where it does not."""
+
+    enabled: bool
+    active: bool
+    reason: str
+    slots: int
+    free_slots: int
+
+
+class StatusReply(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/status"""
+
+    schema: int = SCHEMA
+    version: str
+    peer_id: str
+    addresses: list[str]
+    uptime_s: float
+    connected_peers: int
+    sharing: SharingView
+    devices: list[DeviceView]
+    runtime: str
+    isolation: list[str]
+    isolation_tier: str
+    rss_bytes: int
+
+
+class PeerNeed(msgspec.Struct, frozen=True, kw_only=True):
+    """What a submitter needs of a peer; the query of GET /v1/peers."""
+
+    kind: str = "any"
+    memory_bytes: int = 0
+    limit: int = 20
+
+
+class PeerView(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer whose signed capacity was fetched and verified just now, best first."""
+
+    peer_id: str
+    latency_ms: float
+    sharing: bool
+    reason: str
+    devices: list[DeviceView]
+    free_slots: int
+    memory_bytes: int
+    max_seconds: int
+    input_bytes: int
+    output_bytes: int
+    runtime: str
+    table_version: int
+    isolation: list[str]
+
+
+class PeersReply(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/peers"""
+
+    schema: int = SCHEMA
+    peers: list[PeerView]
+    candidates: int
+
+
+class UnitView(msgspec.Struct, frozen=True, kw_only=True):
+    """A unit that is here now, in either role.  Never its content."""
+
+    unit_id: str
+    role: str  # "lending" or "borrowing"
+    state: str
+    age_s: float
+    input_bytes: int
+    output_bytes: int
+
+
+class UnitsReply(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/units"""
+
+    schema: int = SCHEMA
+    units: list[UnitView]
+
+
+class ShareRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """PUT /v1/sharing"""
+
+    enabled: bool
+
+
+class CancelReply(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /v1/units/{unit_id}/cancel"""
+
+    schema: int = SCHEMA
+    cancelled: bool
+
+
+class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
+    """Any reply with status >= 400.  `exit_code` is what the command line should end with."""
+
+    schema: int = SCHEMA
+    error: str
+    exit_code: int
+
+
+class Backend(Protocol):
+    """What the daemon gives to the local API."""
+
+    def status(self) -> StatusReply: ...
+
+    async def peers(self, need: PeerNeed) -> PeersReply: ...
+
+    def units(self) -> UnitsReply: ...
+
+    async def cancel_unit(self, unit_id: str) -> bool: ...
+
+    def set_sharing(self, enabled: bool) -> SharingView: ...

@@ -1,0 +1,131 @@
+"""Commands that ask the daemon: peers, units, cancel, share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from cyclopts import Parameter
+
+from nextgpu_node.api_types import DeviceView, PeerNeed, PeerView
+from nextgpu_node.cli.context import Ctx
+from nextgpu_node.cli.output import human_bytes, human_seconds
+from nextgpu_node.cli.sizes import gigabytes
+from nextgpu_node.errors import JobFailed, NoPeerFound
+from nextgpu_node.sdk.api_client import ApiClient
+
+Kind = Literal["any", "cpu", "cuda"]
+
+
+async def peers(
+    *,
+    vram: Annotated[str, Parameter(help='Device memory at least: 16 (GB) or "16GiB".')] = "0",
+    kind: Annotated[Kind, Parameter(help="Which devices.")] = "any",
+    limit: Annotated[int, Parameter(help="So many peers at most.")] = 20,
+    ctx: Ctx,
+) -> int:
+    """Who lends a device now.
+
+    Every peer in the list was found in the DHT, and asked and verified just now, best first.
+    """
+    need = PeerNeed(kind=kind, memory_bytes=gigabytes("--vram", vram), limit=limit)
+    async with ApiClient(ctx.paths.api_socket) as api:
+        reply = await api.peers(need)
+    if ctx.out.json:
+        ctx.out.print_json(
+            peers=[msgspec.to_builtins(peer) for peer in reply.peers], candidates=reply.candidates
+        )
+        return 0 if reply.peers else NoPeerFound.exit_code
+    if not reply.peers:
+        raise NoPeerFound(
+            f"No peer with such a device is lending now ({reply.candidates} found in the network). "
+            "Ask for less, or try again later."
+        )
+    ctx.out.table(
+        ("PEER", "DEVICE", "MEMORY FREE", "SLOTS", "LATENCY", "ISOLATION"),
+        [_peer_row(peer) for peer in reply.peers],
+    )
+    return 0
+
+
+def _peer_row(peer: PeerView) -> tuple[str, ...]:
+    devices = ", ".join(device_name(device, where="there") for device in peer.devices)
+    memory = ", ".join(human_bytes(device.memory_free_bytes) for device in peer.devices)
+    slots = str(peer.free_slots) if peer.sharing else f"0: {peer.reason}"
+    isolation = ", ".join(peer.isolation)
+    return (peer.peer_id, devices, memory, slots, f"{peer.latency_ms:.0f} ms", isolation)
+
+
+def device_name(device: DeviceView, *, where: str) -> str:
+    """A CPU is called one: nobody should take it for a GPU."""
+    if device.kind == "cpu":
+        return f"cpu (no GPU {where})"
+    capability = f" (sm {device.compute_capability})" if device.compute_capability else ""
+    return f"{device.name}{capability}"
+
+
+async def units(*, ctx: Ctx) -> int:
+    """Work units that are here now, lent or borrowed.  Their content is never here."""
+    async with ApiClient(ctx.paths.api_socket) as api:
+        reply = await api.units()
+    if ctx.out.json:
+        ctx.out.print_json(units=[msgspec.to_builtins(unit) for unit in reply.units])
+    elif not reply.units:
+        ctx.out.say("No work unit is here now.")
+    else:
+        rows = [
+            (
+                unit.unit_id,
+                unit.role,
+                unit.state,
+                human_seconds(unit.age_s),
+                human_bytes(unit.input_bytes),
+                human_bytes(unit.output_bytes),
+            )
+            for unit in reply.units
+        ]
+        ctx.out.table(("UNIT", "ROLE", "STATE", "AGE", "IN", "OUT"), rows)
+    return 0
+
+
+async def cancel(unit_id: Annotated[str, Parameter(name="ID")], /, *, ctx: Ctx) -> int:
+    """End a work unit: its worker is killed and wiped.
+
+    Parameters
+    ----------
+    unit_id
+        As `nextgpu units` shows it.
+    """
+    async with ApiClient(ctx.paths.api_socket) as api:
+        cancelled = await api.cancel_unit(unit_id)
+    if not cancelled:
+        raise JobFailed("No such work unit is here. `nextgpu units` lists those that are.")
+    if ctx.out.json:
+        ctx.out.print_json(cancelled=True, unit_id=unit_id)
+    else:
+        ctx.out.say(f"Cancelled {unit_id}.")
+    return 0
+
+
+async def share_on(*, ctx: Ctx) -> int:
+    """Lend from now on, also after a restart."""
+    return await _share(ctx, enabled=True)
+
+
+async def share_off(*, ctx: Ctx) -> int:
+    """Lend no more, also after a restart; running units end."""
+    return await _share(ctx, enabled=False)
+
+
+async def _share(ctx: Ctx, *, enabled: bool) -> int:
+    async with ApiClient(ctx.paths.api_socket) as api:
+        sharing = await api.set_sharing(enabled)
+    if ctx.out.json:
+        ctx.out.print_json(sharing=msgspec.to_builtins(sharing))
+    else:
+        ctx.out.say(f"Sharing is {'on' if sharing.active else 'off'}{_because(sharing.reason)}.")
+    return 0
+
+
+def _because(reason: str) -> str:
+    return f": {reason}" if reason else ""

@@ -1,0 +1,274 @@
+"""`nextgpu run`: one program on one peer, and its results in a file.  Also `demo`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+
+from nextgpu_node.api_types import DeviceView, PeerView
+from nextgpu_node.cli.context import Context, Ctx
+from nextgpu_node.cli.files import check_writable, write_whole
+from nextgpu_node.cli.network import Kind, device_name
+from nextgpu_node.cli.output import SCHEMA, human_bytes
+from nextgpu_node.cli.progress import Progress
+from nextgpu_node.cli.sizes import gigabytes, size
+from nextgpu_node.config import load_config
+from nextgpu_node.errors import JobFailed, UsageError
+from nextgpu_node.sdk.client import open_client
+from nextgpu_node.sdk.events import (
+    Checkpoint,
+    Finished,
+    InputSent,
+    Offered,
+    PeerChosen,
+    ReceiptVerified,
+    Started,
+    StepResult,
+    UnitEvent,
+)
+from nextgpu_node.sdk.unit import Needs
+from nextgpu_protocol.messages import Offer, Receipt
+from nextgpu_protocol.records import UnitSummary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nextgpu_node.cli.inputs import StepInputs
+    from nextgpu_node.graph.artifact import Program
+
+
+async def run(
+    program: Annotated[Path, Parameter(name="PROGRAM")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="Results, in safetensors.")],
+    input_: Annotated[
+        Path | None, Parameter(name="--input", help="Inputs by name, in safetensors.")
+    ] = None,
+    kind: Annotated[Kind | None, Parameter(help="Which devices.")] = None,
+    vram: Annotated[str, Parameter(help='Device memory at least: 16 (GB) or "16GiB".')] = "0",
+    memory: Annotated[
+        str | None, Parameter(help='Memory of the worker: "2GB". Without: what the peer allows.')
+    ] = None,
+    max_seconds: Annotated[
+        int | None, Parameter(help="Wall time. Without: what the peer allows.")
+    ] = None,
+    peer: Annotated[str | None, Parameter(help="Only the peer with this ID.")] = None,
+    steps_axis: Annotated[
+        bool, Parameter(negative="", help="Inputs have a leading axis of steps.")
+    ] = False,
+    steps: Annotated[int | None, Parameter(help="So many steps.")] = None,
+    receipt: Annotated[Path | None, Parameter(help="Save the receipt, in JSON.")] = None,
+    force: Annotated[bool, Parameter(negative="", help="Replace existing files.")] = False,
+    quiet: Annotated[bool, Parameter(negative="", help="No progress on stderr.")] = False,
+    ctx: Ctx,
+) -> int:
+    """Run a program on a peer's device.
+
+    Sealed from here to the worker process that runs it.  Results are written only when all of
+    them are here and the peer's signed receipt for them is verified.
+    """
+    for file in (output, *([receipt] if receipt else [])):
+        check_writable(file, force=force)
+    needs = _needs(ctx, kind, vram, memory, max_seconds, peer)
+    from nextgpu_node.cli.inputs import load_program, prepare_steps
+
+    loaded = load_program(program)
+    inputs = prepare_steps(loaded.spec, input_, steps_axis=steps_axis, steps=steps)
+    with Progress(ctx.out, quiet=quiet) as progress:
+        progress.enter("queued", "looking for a peer")
+        unit = _UnitRun(progress, inputs.count, receipt, force=force)
+        await _drive(ctx, loaded, inputs, needs, unit)
+        write_whole(output, _image(unit.results, stack=steps_axis), force=force)
+        progress.enter("done", str(output))
+    _report(ctx, unit, progress, output)
+    return 0
+
+
+def demo(*, ctx: Ctx) -> int:
+    """Lend and borrow on this machine, end to end: three nodes, a real model, real text."""
+    from nextgpu_node.cli.demo import run as run_demo
+
+    return run_demo(ctx.out.json)
+
+
+def _needs(
+    ctx: Context,
+    kind: Kind | None,
+    vram: str,
+    memory: str | None,
+    max_seconds: int | None,
+    peer: str | None,
+) -> Needs:
+    """Flags, then the owner's own settings; what nobody decided is left to the peer's limits."""
+    config = load_config(ctx.paths, overrides={}, environ=ctx.environ)
+
+    def decided(key: str, value: int) -> int | None:
+        return None if config.origins[key] == "default" else value
+
+    submit = config.submit
+    if max_seconds is not None and max_seconds < 1:
+        raise UsageError("--max-seconds takes a whole number from 1 on.")
+    return Needs(
+        kind=kind or submit.device,
+        device_memory_bytes=gigabytes("--vram", vram),
+        memory_bytes=size("--memory", memory)
+        if memory is not None
+        else decided("submit.max_memory", submit.max_memory_bytes),
+        max_seconds=max_seconds or decided("submit.max_unit_seconds", submit.max_unit_seconds),
+        output_bytes=decided("submit.max_output", submit.max_output_bytes),
+        peer_id=peer,
+    )
+
+
+class _UnitRun:
+    """What is known of the unit so far; `take` moves the progress with each event."""
+
+    def __init__(
+        self, progress: Progress, steps: int, receipt_file: Path | None, *, force: bool
+    ) -> None:
+        self._progress = progress
+        self._steps = steps
+        self._receipt_file = receipt_file
+        self._force = force
+        self.peer: PeerView | None = None
+        self.offer: Offer | None = None
+        self.unit_id = ""
+        self.results: list[dict[str, Tensor]] = []
+        self.summary: UnitSummary | None = None
+        self.receipt: Receipt | None = None
+
+    def take(self, event: UnitEvent) -> None:
+        match event:
+            case PeerChosen(peer=peer):
+                self.peer = peer
+                self._progress.enter("queued", f"asking {peer.peer_id}")
+            case Offered(offer=offer, unit_id=unit_id):
+                self.offer, self.unit_id = offer, unit_id
+                self._progress.enter("transferring", f"unit {unit_id}")
+            case InputSent(sent_bytes=sent_bytes):
+                self._progress.enter("starting", f"{human_bytes(sent_bytes)} sent")
+            case Started():
+                self._progress.enter("running", self._count())
+            case StepResult(tensors=tensors):
+                self.results.append(tensors)
+                self._result_arrived()
+            case Checkpoint(steps=steps):
+                self._progress.advance(f"checkpoint after {steps} steps")
+            case Finished(summary=summary):
+                self.summary = summary
+            case ReceiptVerified(receipt=receipt, peer_id=peer_id):
+                self.receipt = receipt
+                self._save_receipt(receipt, peer_id)
+
+    def _result_arrived(self) -> None:
+        if len(self.results) == self._steps:
+            self._progress.enter("returning", self._count())
+        else:
+            self._progress.advance(self._count())
+
+    def _count(self) -> str:
+        return f"{len(self.results)} of {self._steps} steps"
+
+    def _save_receipt(self, receipt: Receipt, peer_id: str) -> None:
+        """Also of a unit that failed: that is when somebody may want to read it."""
+        if self._receipt_file is not None:
+            facts = {"schema": SCHEMA, "peer_id": peer_id, "receipt": _plain(receipt)}
+            text = json.dumps(facts, indent=2) + "\n"
+            write_whole(self._receipt_file, [text.encode()], force=self._force)
+
+
+async def _drive(
+    ctx: Context, program: Program, inputs: StepInputs, needs: Needs, unit: _UnitRun
+) -> None:
+    """Run the unit to its verified end; anything else raises."""
+    async with (
+        open_client(ctx.paths) as client,
+        client.run(program, inputs, needs) as events,
+    ):
+        async for event in events:
+            unit.take(event)
+    if unit.receipt is None or unit.summary is None or not unit.results:
+        raise JobFailed("The unit ended without results.")
+
+
+def _image(results: list[dict[str, Tensor]], *, stack: bool) -> Any:
+    """The pieces of the output file: one step's tensors as they are, several stacked."""
+    import torch
+
+    from nextgpu_node.graph.tensors import encode_tensors
+
+    if not stack and len(results) == 1:
+        return encode_tensors(results[0])
+    together: dict[str, Tensor] = {}
+    for name in results[0]:
+        tensors = [result[name] for result in results]
+        if len({tensor.shape for tensor in tensors}) == 1:
+            together[name] = torch.stack(tensors)
+        else:
+            # Sizes that vary from step to step have no common axis.
+            together |= {f"{name}.{index}": tensor for index, tensor in enumerate(tensors)}
+    return encode_tensors(together)
+
+
+def _report(ctx: Context, unit: _UnitRun, progress: Progress, output: Path) -> None:
+    assert unit.peer is not None
+    assert unit.offer is not None
+    assert unit.receipt is not None
+    assert unit.summary is not None
+    if ctx.out.json:
+        ctx.out.print_json(
+            peer_id=unit.peer.peer_id,
+            unit_id=unit.unit_id,
+            device=_plain(unit.offer.device),
+            runtime=unit.offer.runtime,
+            isolation=list(unit.receipt.isolation),
+            steps=unit.summary.steps,
+            stopped_early=unit.summary.stopped_early,
+            receipt=_plain(unit.receipt),
+            receipt_verified=True,
+            output=str(output),
+            seconds={name: round(seconds, 3) for name, seconds in progress.seconds.items()},
+        )
+        return
+    metering = unit.receipt.metering
+    ctx.out.say(
+        f"Ran on {unit.peer.peer_id}: {_device(unit.offer)}, {metering.wall_ms / 1000:.2f} s, "
+        f"{unit.summary.steps} steps.",
+        f"Receipt verified: {unit.receipt.status}, {_wiped(unit.receipt)}.",
+        f"Wrote {output}.",
+    )
+
+
+def _device(offer: Offer) -> str:
+    view = DeviceView(**{f: getattr(offer.device, f) for f in DeviceView.__struct_fields__})
+    return device_name(view, where="there")
+
+
+def _wiped(receipt: Receipt) -> str:
+    """In the words of the receipt: a claim that the peer signed, no proof."""
+    failed = [step.name for step in receipt.wipe if not step.held]
+    if failed or not receipt.wipe:
+        return "the peer does not claim that the worker's state is gone"
+    return "the peer signs that the worker and its scratch space are gone"
+
+
+def _plain(message: Any) -> Any:
+    """A message of the protocol as JSON can say it; bytes in hexadecimal."""
+    return _hex(msgspec.to_builtins(message, builtin_types=(bytes,)))
+
+
+def _hex(plain: Any) -> Any:
+    match plain:
+        case bytes():
+            return plain.hex()
+        case dict():
+            return {key: _hex(value) for key, value in plain.items()}
+        case list() | tuple():
+            return [_hex(item) for item in plain]
+        case _:
+            return plain

@@ -1,0 +1,32 @@
+"""Sizes as people type them."""
+
+from __future__ import annotations
+
+from nextgpu_node.config import parse_size
+from nextgpu_node.errors import UsageError
+
+
+def gigabytes(option: str, text: str) -> int:
+    """Bytes of "16" (GB, as on the box of a card), "16GiB" or "512 MiB".
+
+    Raises UsageError naming `option`.
+    """
+    try:
+        return round(float(text) * 10**9) if _is_number(text) else parse_size(text)
+    except ValueError as exc:
+        raise UsageError(
+            f'{option} takes a size such as 16 (GB) or "16GiB", not {text!r}.'
+        ) from exc
+
+
+def size(option: str, text: str) -> int:
+    """Bytes of "2GB", "512 MiB" or "1048576" (bytes).  Raises UsageError naming `option`."""
+    try:
+        return parse_size(text)
+    except ValueError as exc:
+        raise UsageError(f'{option} takes a size such as "2GB" or "512MiB", not {text!r}.') from exc
+
+
+def _is_number(text: str) -> bool:
+    whole, _, fraction = text.partition(".")
+    return text.isascii() and whole.isdigit() and (fraction.isdigit() or "." not in text)

@@ -1,0 +1,153 @@
+"""Admission: may this request have a worker?  Pure; reads only the envelope.
+
+The checks run from cheap to dear and from safety to capacity, so that a refusal never tells a
+stranger more than needed: a submitter that is not served does not learn the load.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from nextgpu_protocol.envelope import Signed
+from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.ids import PeerId, PeerKey
+from nextgpu_protocol.messages import (
+    DeviceInfo,
+    UnitRequest,
+    check_suite_untrusted,
+    check_window_untrusted,
+)
+
+_MINUTE_MS = 60_000
+_MAX_TRACKED_PEERS = 4096
+_MAX_REMEMBERED_REQUESTS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerPolicy:
+    """What the owner allows.  Empty `allow` means everyone who is not in `deny`."""
+
+    sharing: bool
+    reason: str  # why not, in one line
+    device: DeviceInfo | None
+    max_concurrent_units: int
+    memory_bytes: int
+    max_seconds: int
+    input_bytes: int
+    output_bytes: int
+    requests_per_minute: int
+    allow: frozenset[PeerId] = frozenset()
+    deny: frozenset[PeerId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The limits a unit runs under: the request's, within the owner's.
+
+    Memory is the owner's limit even where less was asked for: workers are confined before they
+    know their unit, which is what makes them quick.
+    """
+
+    memory_bytes: int
+    max_seconds: int
+    input_bytes: int
+    output_bytes: int
+
+
+class ReplayCache:
+    """Hashes of requests already seen, until they have expired anyway.  Bounded: when it is full
+    of unexpired ones, new requests are refused rather than old ones forgotten."""
+
+    def __init__(self, capacity: int = _MAX_REMEMBERED_REQUESTS) -> None:
+        self._capacity = capacity
+        self._expiry_ms: OrderedDict[bytes, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._expiry_ms)
+
+    def check_and_add(self, digest: bytes, *, forget_at_ms: int, now_ms: int) -> None:
+        """Remember `digest`; RemoteProtocolError(REPLAYED) where it is known already."""
+        if digest in self._expiry_ms:
+            raise RemoteProtocolError(ErrorCode.REPLAYED)
+        if len(self._expiry_ms) >= self._capacity:
+            self._forget_expired(now_ms)
+        if len(self._expiry_ms) >= self._capacity:
+            raise RemoteProtocolError(ErrorCode.RATE_LIMITED)
+        self._expiry_ms[digest] = forget_at_ms
+
+    def _forget_expired(self, now_ms: int) -> None:
+        for digest in [d for d, at_ms in self._expiry_ms.items() if at_ms < now_ms]:
+            del self._expiry_ms[digest]
+
+
+@dataclass(slots=True)
+class RateLimiter:
+    """At most `per_minute` requests from one submitter in any minute."""
+
+    per_minute: int
+    _seen_ms: OrderedDict[PeerKey, deque[int]] = field(default_factory=OrderedDict)
+
+    def check(self, peer: PeerKey, *, now_ms: int) -> None:
+        times = self._seen_ms.setdefault(peer, deque())
+        self._seen_ms.move_to_end(peer)
+        while times and times[0] <= now_ms - _MINUTE_MS:
+            times.popleft()
+        if len(times) >= self.per_minute:
+            raise RemoteProtocolError(ErrorCode.RATE_LIMITED)
+        times.append(now_ms)
+        if len(self._seen_ms) > _MAX_TRACKED_PEERS:
+            self._seen_ms.popitem(last=False)
+
+
+def check_policy(
+    request: Signed[UnitRequest], policy: OwnerPolicy, *, table_version: int, used_slots: int
+) -> Grant:
+    """The grant, or RemoteProtocolError with the code that the submitter is told."""
+    _check_submitter(request.signer_id, policy)
+    if not policy.sharing:
+        raise RemoteProtocolError(ErrorCode.NOT_SHARING, policy.reason)
+    _check_device(request.message, policy)
+    if request.message.table_version > table_version:
+        raise RemoteProtocolError(ErrorCode.OLD_TABLE, f"this node has version {table_version}")
+    grant = _grant(request.message, policy)
+    if used_slots >= policy.max_concurrent_units:
+        raise RemoteProtocolError(ErrorCode.BUSY)
+    return grant
+
+
+def check_freshness(
+    request: Signed[UnitRequest], own_key: PeerKey, seen: ReplayCache, *, now_ms: int
+) -> None:
+    """Is it for us, of this suite, in its time, and the first of its kind?"""
+    message = request.message
+    check_suite_untrusted(message.suite)
+    if message.provider_key != own_key:
+        raise RemoteProtocolError(ErrorCode.WRONG_PEER, "the request is for another provider")
+    check_window_untrusted(message.issued_at_ms, message.expires_at_ms, now_ms=now_ms)
+    # Kept for the clock skew too: until then the window check would let a replay through.
+    forget_at_ms = message.expires_at_ms + 2 * 5 * _MINUTE_MS
+    seen.check_and_add(request.hash, forget_at_ms=forget_at_ms, now_ms=now_ms)
+
+
+def _check_submitter(submitter: PeerId, policy: OwnerPolicy) -> None:
+    if submitter in policy.deny or (policy.allow and submitter not in policy.allow):
+        raise RemoteProtocolError(ErrorCode.NOT_ALLOWED)
+
+
+def _check_device(request: UnitRequest, policy: OwnerPolicy) -> None:
+    device = policy.device
+    if device is None or request.device_kind not in ("any", device.kind):
+        raise RemoteProtocolError(ErrorCode.NO_SUCH_DEVICE, f"kind {request.device_kind}")
+    if request.device_memory_bytes > device.memory_total_bytes:
+        raise RemoteProtocolError(ErrorCode.NO_SUCH_DEVICE, "not enough device memory")
+
+
+def _grant(request: UnitRequest, policy: OwnerPolicy) -> Grant:
+    for name in Grant.__dataclass_fields__:
+        asked, allowed = getattr(request, name), getattr(policy, name)
+        if asked > allowed:
+            raise RemoteProtocolError(ErrorCode.OVER_LIMIT, f"{name}: {asked} of {allowed}")
+    return Grant(
+        policy.memory_bytes, request.max_seconds, request.input_bytes, request.output_bytes
+    )

@@ -1,0 +1,338 @@
+"""The provider's decisions, pure: events in, effects out.
+
+    UnitRequested ─► [SpawnWorker]            WorkerReady ─► [SendOffer]
+    HeaderReceived ─► [StartUnit]             OutputEnded ─► [AwaitExit]
+    WorkerEnded ─► [WipeWorker]               Wiped ─► [SendReceipt]
+    anything that goes wrong ─► [KillWorker(status)] or [Refuse(code)]
+
+The driver in `daemon/lending.py` performs the effects; each ends as one event back to `handle`.
+No clock, no random, no I/O here: `now_ms` comes in, ids come in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
+
+from nextgpu_node.core.admission import (
+    Grant,
+    OwnerPolicy,
+    RateLimiter,
+    ReplayCache,
+    check_freshness,
+    check_policy,
+)
+from nextgpu_protocol.envelope import Signed
+from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.ids import PeerKey
+from nextgpu_protocol.messages import (
+    Offer,
+    UnitHeader,
+    UnitRequest,
+    check_suite_untrusted,
+    check_window_untrusted,
+)
+
+SessionId = int  # names one peer stream inside this daemon
+
+
+class UnitState(Enum):
+    """Where a lent unit stands."""
+
+    STARTING = "starting"
+    OFFERED = "offered"
+    RUNNING = "running"
+    ENDING = "ending"
+    WIPING = "wiping"
+    OVER = "over"
+
+
+# --- events ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRequested:
+    session: SessionId
+    request: Signed[UnitRequest]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailedToStart:
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class OfferSent:
+    session: SessionId
+    offer: Signed[Offer]
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderReceived:
+    session: SessionId
+    header: Signed[UnitHeader]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputEnded:
+    """The worker said END: nothing more will come from it."""
+
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class UnitStopped:
+    """Something outside the worker ends the unit: `status` is what the receipt will say."""
+
+    session: SessionId
+    status: str
+    code: ErrorCode
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded:
+    """The worker process is gone; `status` is what its end means."""
+
+    session: SessionId
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wiped:
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOver:
+    """The stream is closed, in whatever state."""
+
+    session: SessionId
+
+
+Event = (
+    UnitRequested
+    | WorkerReady
+    | WorkerFailedToStart
+    | OfferSent
+    | HeaderReceived
+    | OutputEnded
+    | UnitStopped
+    | WorkerEnded
+    | Wiped
+    | SessionOver
+)
+
+
+# --- effects --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Say no and close the stream."""
+
+    code: ErrorCode
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnWorker:
+    """Take a fresh worker under these limits -> WorkerReady or WorkerFailedToStart."""
+
+    grant: Grant
+
+
+@dataclass(frozen=True, slots=True)
+class SendOffer:
+    """Sign and send an offer with the worker's one-time key -> OfferSent."""
+
+    request: Signed[UnitRequest]
+    grant: Grant
+
+
+@dataclass(frozen=True, slots=True)
+class StartUnit:
+    """Hand the worker its assignment and let ciphertext flow -> OutputEnded, WorkerEnded, …"""
+
+    offer: Signed[Offer]
+    header: Signed[UnitHeader]
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitExit:
+    """The worker has said all: give it a moment to exit by itself -> WorkerEnded."""
+
+
+@dataclass(frozen=True, slots=True)
+class WipeWorker:
+    """Kill what is left, wipe, verify -> Wiped."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendReceipt:
+    """Sign and send the receipt, wait for its acknowledgement, close the stream."""
+
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """No unit came of it: get rid of the worker and close the stream."""
+
+    code: ErrorCode
+    detail: str = ""
+
+
+Effect = (
+    Refuse | SpawnWorker | SendOffer | StartUnit | AwaitExit | WipeWorker | SendReceipt | Discard
+)
+
+
+@dataclass(slots=True)
+class _Unit:
+    request: Signed[UnitRequest]
+    grant: Grant
+    state: UnitState = UnitState.STARTING
+    offer: Signed[Offer] | None = None
+    status: str = ""
+
+
+class Lending:
+    """Every unit that is lent now, and the admission state around them."""
+
+    def __init__(self, own_key: PeerKey, policy: OwnerPolicy, *, table_version: int) -> None:
+        self._own_key = own_key
+        self.table_version = table_version
+        self._units: dict[SessionId, _Unit] = {}
+        self._seen = ReplayCache()
+        self._rate = RateLimiter(policy.requests_per_minute)
+        self.policy = policy
+
+    @property
+    def used_slots(self) -> int:
+        """Units that hold, or are about to hold, a worker."""
+        return len(self._units)
+
+    def state_of(self, session: SessionId) -> UnitState:
+        unit = self._units.get(session)
+        return unit.state if unit else UnitState.OVER
+
+    def handle(self, event: Event, *, now_ms: int) -> list[Effect]:
+        """What to do about `event`."""
+        match event:
+            case UnitRequested():
+                return self._requested(event, now_ms)
+            case WorkerReady():
+                return self._worker_ready(event.session)
+            case WorkerFailedToStart():
+                return self._drop(event.session, ErrorCode.INTERNAL, "no worker could be started")
+            case OfferSent():
+                return self._offer_sent(event)
+            case HeaderReceived():
+                return self._header_received(event, now_ms)
+            case OutputEnded():
+                return self._move(event.session, UnitState.RUNNING, UnitState.ENDING, AwaitExit())
+            case UnitStopped():
+                return self._stopped(event)
+            case WorkerEnded():
+                return self._worker_ended(event)
+            case Wiped():
+                return self._wiped(event.session)
+            case SessionOver():
+                self._units.pop(event.session, None)
+                return []
+            case _:
+                assert_never(event)
+
+    def _requested(self, event: UnitRequested, now_ms: int) -> list[Effect]:
+        try:
+            check_freshness(event.request, self._own_key, self._seen, now_ms=now_ms)
+            self._rate.check(event.request.signer, now_ms=now_ms)
+            grant = check_policy(
+                event.request,
+                self.policy,
+                table_version=self.table_version,
+                used_slots=self.used_slots,
+            )
+        except RemoteProtocolError as exc:
+            return [Refuse(exc.code, exc.detail)]
+        self._units[event.session] = _Unit(event.request, grant)
+        return [SpawnWorker(grant)]
+
+    def _worker_ready(self, session: SessionId) -> list[Effect]:
+        unit = self._units.get(session)
+        if unit is None or unit.state is not UnitState.STARTING:
+            return []
+        if not self.policy.sharing:
+            return self._drop(session, ErrorCode.NOT_SHARING, self.policy.reason)
+        return [SendOffer(unit.request, unit.grant)]
+
+    def _offer_sent(self, event: OfferSent) -> list[Effect]:
+        unit = self._units[event.session]
+        unit.offer, unit.state = event.offer, UnitState.OFFERED
+        return []
+
+    def _header_received(self, event: HeaderReceived, now_ms: int) -> list[Effect]:
+        unit = self._units[event.session]
+        try:
+            assert unit.offer is not None
+            _check_header_untrusted(event.header, unit.request, unit.offer, now_ms)
+        except RemoteProtocolError as exc:
+            return self._drop(event.session, exc.code, exc.detail)
+        unit.state = UnitState.RUNNING
+        return [StartUnit(unit.offer, event.header)]
+
+    def _stopped(self, event: UnitStopped) -> list[Effect]:
+        unit = self._units.get(event.session)
+        if unit is None or unit.state in (UnitState.WIPING, UnitState.OVER):
+            return []
+        if unit.state in (UnitState.STARTING, UnitState.OFFERED):
+            return self._drop(event.session, event.code, "")
+        unit.status, unit.state = event.status, UnitState.WIPING
+        return [WipeWorker()]
+
+    def _worker_ended(self, event: WorkerEnded) -> list[Effect]:
+        unit = self._units.get(event.session)
+        if unit is None or unit.state not in (UnitState.RUNNING, UnitState.ENDING):
+            return []
+        # A worker that exits "done" without its END frame has not delivered everything.
+        cut_short = unit.state is UnitState.RUNNING and event.status == "done"
+        unit.status = "worker_crashed" if cut_short else event.status
+        unit.state = UnitState.WIPING
+        return [WipeWorker()]
+
+    def _wiped(self, session: SessionId) -> list[Effect]:
+        unit = self._units[session]
+        unit.state = UnitState.OVER
+        return [SendReceipt(unit.status)]
+
+    def _move(
+        self, session: SessionId, before: UnitState, after: UnitState, effect: Effect
+    ) -> list[Effect]:
+        unit = self._units.get(session)
+        if unit is None or unit.state is not before:
+            return []
+        unit.state = after
+        return [effect]
+
+    def _drop(self, session: SessionId, code: ErrorCode, detail: str) -> list[Effect]:
+        self._units[session].state = UnitState.OVER
+        return [Discard(code, detail)]
+
+
+def _check_header_untrusted(
+    header: Signed[UnitHeader], request: Signed[UnitRequest], offer: Signed[Offer], now_ms: int
+) -> None:
+    check_suite_untrusted(header.message.suite)
+    if header.signer != request.signer:
+        raise RemoteProtocolError(ErrorCode.WRONG_PEER, "header and request differ in signer")
+    if header.message.offer_hash != offer.hash:
+        raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "offer_hash")
+    if now_ms > offer.message.expires_at_ms:
+        raise RemoteProtocolError(ErrorCode.EXPIRED, "the offer")
+    check_window_untrusted(header.message.issued_at_ms, header.message.expires_at_ms, now_ms=now_ms)

@@ -1,0 +1,416 @@
+"""Drives one lent unit: performs what `core.lending` decides, and reports back to it.
+
+    peer stream ──DATA──► worker        ciphertext both ways; this process never holds a key
+    peer stream ◄──DATA── worker
+
+A stream that breaks the protocol ends its own unit and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import assert_never
+
+import structlog
+import trio
+
+from nextgpu_node.core import lending as core
+from nextgpu_node.core.admission import Grant
+from nextgpu_node.daemon.clock import now_ms
+from nextgpu_node.daemon.workers import status_of_exit
+from nextgpu_node.errors import NetworkError, PeerLost, SandboxError
+from nextgpu_node.frames import ByteStream, FrameStream
+from nextgpu_node.identity import Identity
+from nextgpu_node.sandbox.launcher import Worker, WorkerExit
+from nextgpu_protocol.codec import encode_message
+from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
+from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.framing import FrameKind
+from nextgpu_protocol.limits import MAX_OFFER_LIFETIME_MS
+from nextgpu_protocol.local import Assignment
+from nextgpu_protocol.messages import (
+    SUITE,
+    Metering,
+    Offer,
+    Receipt,
+    ReceiptAck,
+    Refusal,
+    UnitHeader,
+    UnitRequest,
+    WipeStep,
+)
+from nextgpu_protocol.sealing import CiphertextHash, transcript_hash
+from nextgpu_protocol.session import Session
+
+log = structlog.get_logger()
+
+_REQUEST_DEADLINE_S = 10
+_EXIT_GRACE_S = 3
+_ACK_DEADLINE_S = 10
+_SEND_DEADLINE_S = 10
+_EVENTS = 8
+
+
+@dataclass(slots=True)
+class Traffic:
+    """One direction's ciphertext: how much, and its hash for the receipt."""
+
+    limit_bytes: int
+    size_bytes: int = 0
+    hash: CiphertextHash = field(default_factory=CiphertextHash)
+
+    def count_untrusted(self, body: bytes, direction: str) -> None:
+        self.size_bytes += len(body)
+        if self.size_bytes > self.limit_bytes:
+            raise RemoteProtocolError(ErrorCode.OVER_LIMIT, f"{direction} bytes")
+        self.hash.update(body)
+
+
+@dataclass(slots=True)
+class Running:
+    """What exists only once the header was accepted."""
+
+    offer: Signed[Offer]
+    header: Signed[UnitHeader]
+    inbound: Traffic
+    outbound: Traffic
+    began_s: float
+
+
+class LentUnit:
+    """One peer stream from its request to its receipt."""
+
+    def __init__(
+        self,
+        session_id: int,
+        stream: ByteStream,
+        decider: core.Lending,
+        take_worker: Callable[[], Awaitable[Worker]],
+        runtime: str,
+        identity: Identity,
+    ) -> None:
+        self.id = session_id
+        self._stream = stream
+        self._frames = FrameStream(stream)
+        self._decider = decider
+        self._take_from_pool = take_worker
+        self._runtime = runtime
+        self._identity = identity
+        self._session = Session("P")
+        self._send_events, self._events = trio.open_memory_channel[core.Event](_EVENTS)
+        self._pump_scopes: list[trio.CancelScope] = []
+        self._worker: Worker | None = None
+        self._worker_frames: FrameStream | None = None
+        self._running: Running | None = None
+        self._exit: WorkerExit | None = None
+        self._wipe: tuple[WipeStep, ...] = ()
+        self._over = False
+        self.began_s = time.monotonic()
+        self.finished = trio.Event()
+
+    @property
+    def state(self) -> str:
+        return self._decider.state_of(self.id).value
+
+    @property
+    def unit_id(self) -> str:
+        return self._running.header.message.unit_id.hex() if self._running else ""
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Ciphertext bytes so far: in, out."""
+        if self._running is None:
+            return 0, 0
+        return self._running.inbound.size_bytes, self._running.outbound.size_bytes
+
+    def stop(self, status: str, code: ErrorCode) -> None:
+        """End the unit from outside, now.  Never blocks; a unit that is ending anyway goes on."""
+        try:
+            self._send_events.send_nowait(core.UnitStopped(self.id, status, code))
+        except trio.WouldBlock:
+            # The queue holds more events than one unit can have: it is ending already.
+            log.debug("unit.stop_was_late", unit_id=self.unit_id)
+
+    def _stop_pumps(self) -> None:
+        for scope in self._pump_scopes:
+            scope.cancel()
+
+    async def run(self) -> None:
+        """Serve the stream to its end.  Leaves no worker, whatever happens."""
+        try:
+            async with trio.open_nursery() as nursery:
+                await self._converse(nursery)
+                nursery.cancel_scope.cancel()
+        except* (RemoteProtocolError, PeerLost, NetworkError, trio.BrokenResourceError) as group:
+            log.info("unit.stream_ended", cause=type(group.exceptions[0]).__name__)
+        finally:
+            if self._worker is not None:
+                await self._worker.finish()
+            self._decider.handle(core.SessionOver(self.id), now_ms=now_ms())
+            self.finished.set()
+
+    async def _converse(self, nursery: trio.Nursery) -> None:
+        request = await self._receive_request()
+        pending: deque[core.Event] = deque([core.UnitRequested(self.id, request)])
+        while not self._over:
+            event = pending.popleft() if pending else await self._events.receive()
+            for effect in self._decider.handle(event, now_ms=now_ms()):
+                following = await self._perform(effect, nursery)
+                if following is not None:
+                    pending.append(following)
+
+    async def _perform(self, effect: core.Effect, nursery: trio.Nursery) -> core.Event | None:
+        match effect:
+            case core.Refuse(code, detail):
+                await self._say_no(FrameKind.REFUSAL, code, detail)
+            case core.SpawnWorker():
+                return await self._take_worker()
+            case core.SendOffer(request, grant):
+                return await self._send_offer(request, grant, nursery)
+            case core.StartUnit(offer, header):
+                await self._start(offer, header, nursery)
+            case core.AwaitExit():
+                return await self._await_exit()
+            case core.WipeWorker():
+                return await self._wipe_worker()
+            case core.SendReceipt(status):
+                await self._send_receipt(status)
+            case core.Discard(code, detail):
+                self._stop_pumps()
+                await self._wipe_worker()
+                answered = self._running is None and self._offer_is_out
+                kind = FrameKind.ERROR if answered else FrameKind.REFUSAL
+                await self._say_no(kind, code, detail)
+            case _:
+                assert_never(effect)
+        return None
+
+    # --- before the header ------------------------------------------------------------------
+
+    async def _receive_request(self) -> Signed[UnitRequest]:
+        with trio.move_on_after(_REQUEST_DEADLINE_S):
+            body = await self._frames.expect_untrusted(FrameKind.REQUEST)
+            self._session.received_untrusted(FrameKind.REQUEST)
+            try:
+                return open_envelope_untrusted(UnitRequest, body)
+            except RemoteProtocolError as exc:
+                await self._say_no(FrameKind.REFUSAL, exc.code, exc.detail)
+                raise
+        raise RemoteProtocolError(ErrorCode.TIMED_OUT, "no request came")
+
+    async def _take_worker(self) -> core.Event:
+        try:
+            self._worker = await self._take_from_pool()
+        except SandboxError:
+            log.error("worker.start_failed")
+            return core.WorkerFailedToStart(self.id)
+        self._worker_frames = FrameStream(self._worker.stream)
+        return core.WorkerReady(self.id)
+
+    async def _send_offer(
+        self, request: Signed[UnitRequest], grant: Grant, nursery: trio.Nursery
+    ) -> core.Event:
+        offer = sign_message(self._make_offer(request, grant), self._identity.signing_key)
+        await self._send(FrameKind.OFFER, offer.data)
+        nursery.start_soon(self._await_header)
+        return core.OfferSent(self.id, offer)
+
+    def _make_offer(self, request: Signed[UnitRequest], grant: Grant) -> Offer:
+        device = self._decider.policy.device
+        assert self._worker is not None
+        assert device is not None
+        issued_at_ms = now_ms()
+        return Offer(
+            suite=SUITE,
+            offer_id=os.urandom(16),
+            one_time_key=self._worker.public_key,
+            request_hash=request.hash,
+            submitter_key=request.signer,
+            device=device,
+            memory_bytes=grant.memory_bytes,
+            max_seconds=grant.max_seconds,
+            input_bytes=grant.input_bytes,
+            output_bytes=grant.output_bytes,
+            runtime=self._runtime,
+            table_version=self._decider.table_version,
+            isolation=self._worker.layers,
+            price=0,
+            issued_at_ms=issued_at_ms,
+            expires_at_ms=issued_at_ms + MAX_OFFER_LIFETIME_MS,
+        )
+
+    async def _await_header(self) -> None:
+        """The submitter's next word: a header, a cancel, or nothing in time."""
+        event: core.Event = core.UnitStopped(self.id, "submitter_lost", ErrorCode.EXPIRED)
+        with trio.move_on_after(MAX_OFFER_LIFETIME_MS / 1000):
+            try:
+                event = await self._receive_header_untrusted()
+            except RemoteProtocolError as exc:
+                event = core.UnitStopped(self.id, "protocol_error", exc.code)
+            except (PeerLost, NetworkError, trio.BrokenResourceError):
+                event = core.UnitStopped(self.id, "submitter_lost", ErrorCode.SUBMITTER_LOST)
+        await self._send_events.send(event)
+
+    async def _receive_header_untrusted(self) -> core.Event:
+        frame = await self._frames.receive_untrusted()
+        if frame is None:
+            return core.UnitStopped(self.id, "submitter_lost", ErrorCode.SUBMITTER_LOST)
+        kind, body = frame
+        self._session.received_untrusted(kind)
+        if kind is FrameKind.CANCEL:
+            return core.UnitStopped(self.id, "cancelled", ErrorCode.CANCELLED)
+        return core.HeaderReceived(self.id, open_envelope_untrusted(UnitHeader, body))
+
+    # --- while it runs ----------------------------------------------------------------------
+
+    async def _start(
+        self, offer: Signed[Offer], header: Signed[UnitHeader], nursery: trio.Nursery
+    ) -> None:
+        assert self._worker_frames is not None
+        self._running = Running(
+            offer,
+            header,
+            Traffic(offer.message.input_bytes),
+            Traffic(offer.message.output_bytes),
+            time.monotonic(),
+        )
+        assignment = encode_message(Assignment(offer.data, header.data))
+        await self._worker_frames.send(FrameKind.ASSIGN, assignment)
+        assert self._worker is not None
+        self._worker.restart_clock(offer.message.max_seconds)
+        log.info("unit.started", unit_id=self.unit_id)
+        for pump in (self._pump_in, self._pump_out):
+            nursery.start_soon(self._guard, pump)
+
+    async def _guard(self, pump: Callable[[], Awaitable[core.Event]]) -> None:
+        """Run one pump; whatever ends it early becomes one event."""
+        with trio.CancelScope() as scope:
+            self._pump_scopes.append(scope)
+            event: core.Event
+            try:
+                event = await pump()
+            except RemoteProtocolError as exc:
+                over = exc.code is ErrorCode.OVER_LIMIT
+                status = "over_limit" if over else "protocol_error"
+                event = core.UnitStopped(self.id, status, exc.code)
+            except (PeerLost, NetworkError, trio.BrokenResourceError):
+                event = core.UnitStopped(self.id, "submitter_lost", ErrorCode.SUBMITTER_LOST)
+            await self._send_events.send(event)
+
+    async def _pump_in(self) -> core.Event:
+        """Peer -> worker, then listen on for a cancel or the end of the connection."""
+        assert self._running is not None
+        assert self._worker_frames is not None
+        while (frame := await self._frames.receive_untrusted()) is not None:
+            kind, body = frame
+            self._session.received_untrusted(kind)
+            if kind is FrameKind.CANCEL:
+                return core.UnitStopped(self.id, "cancelled", ErrorCode.CANCELLED)
+            if kind is FrameKind.DATA:
+                self._running.inbound.count_untrusted(body, "input")
+            try:
+                await self._worker_frames.send(kind, body)
+            except trio.BrokenResourceError:
+                # The worker is done with its input or gone; its own pump says which.
+                continue
+        return core.UnitStopped(self.id, "submitter_lost", ErrorCode.SUBMITTER_LOST)
+
+    async def _pump_out(self) -> core.Event:
+        """Worker -> peer, to the worker's END or its end."""
+        assert self._running is not None
+        assert self._worker_frames is not None
+        while (frame := await self._receive_from_worker()) is not None:
+            kind, body = frame
+            if kind is FrameKind.END:
+                await self._send(FrameKind.END)
+                return core.OutputEnded(self.id)
+            if kind is not FrameKind.DATA:
+                raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "from the worker")
+            self._running.outbound.count_untrusted(body, "output")
+            await self._send(FrameKind.DATA, body)
+        return await self._await_exit()
+
+    async def _receive_from_worker(self) -> tuple[FrameKind, bytes] | None:
+        assert self._worker_frames is not None
+        try:
+            return await self._worker_frames.receive_untrusted()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return None
+
+    async def _await_exit(self) -> core.Event:
+        assert self._worker is not None
+        with trio.move_on_after(_EXIT_GRACE_S):
+            self._exit = await self._worker.wait()
+        status = status_of_exit(self._exit) if self._exit else "worker_crashed"
+        return core.WorkerEnded(self.id, status)
+
+    # --- afterwards -------------------------------------------------------------------------
+
+    async def _wipe_worker(self) -> core.Event:
+        self._stop_pumps()
+        if self._worker is not None:
+            report = await self._worker.finish()
+            self._exit = self._exit or await self._worker.wait()
+            self._wipe = tuple(WipeStep(name, held) for name, held in report.steps)
+        return core.Wiped(self.id)
+
+    async def _send_receipt(self, status: str) -> None:
+        receipt = sign_message(self._make_receipt(status), self._identity.signing_key)
+        log.info("unit.finished", unit_id=self.unit_id, status=status)
+        with trio.move_on_after(_SEND_DEADLINE_S):
+            await self._send(FrameKind.RECEIPT, receipt.data)
+            await self._await_ack(receipt)
+        self._over = True
+
+    def _make_receipt(self, status: str) -> Receipt:
+        running = self._running
+        assert running is not None
+        assert self._worker is not None
+        usage = self._exit
+        return Receipt(
+            unit_id=running.header.message.unit_id,
+            transcript_hash=transcript_hash(running.offer.data, running.header.data),
+            input_hash=running.inbound.hash.digest(),
+            output_hash=running.outbound.hash.digest(),
+            status=status,
+            metering=Metering(
+                wall_ms=round((time.monotonic() - running.began_s) * 1000),
+                cpu_ms=round(usage.cpu_s * 1000) if usage else 0,
+                peak_memory_bytes=usage.peak_rss_bytes if usage else 0,
+                input_bytes=running.inbound.size_bytes,
+                output_bytes=running.outbound.size_bytes,
+            ),
+            isolation=self._worker.layers,
+            wipe=self._wipe,
+            finished_at_ms=now_ms(),
+        )
+
+    async def _await_ack(self, receipt: Signed[Receipt]) -> None:
+        """Until the submitter has the receipt, so that closing the stream cannot lose it."""
+        with trio.move_on_after(_ACK_DEADLINE_S):
+            while (frame := await self._frames.receive_untrusted()) is not None:
+                kind, body = frame
+                self._session.received_untrusted(kind)
+                if kind is FrameKind.ACK:
+                    ack = open_envelope_untrusted(ReceiptAck, body)
+                    matches = ack.message.receipt_hash == receipt.hash
+                    log.debug("receipt.acknowledged", unit_id=self.unit_id, matches=matches)
+                    return
+
+    async def _say_no(self, kind: FrameKind, code: ErrorCode, detail: str) -> None:
+        log.info("unit.refused", code=code.name)
+        self._over = True
+        with trio.move_on_after(_SEND_DEADLINE_S):
+            await self._send(kind, encode_message(Refusal(int(code), detail[:200])))
+
+    @property
+    def _offer_is_out(self) -> bool:
+        return self._session.state.value == "offered"
+
+    async def _send(self, kind: FrameKind, body: bytes = b"") -> None:
+        self._session.sending(kind)
+        await self._frames.send(kind, body)

@@ -1,0 +1,170 @@
+"""One node: every room wired together, in one nursery.
+
+peers ──libp2p──► Provider (lends)             CLI, SDK ──api.sock───► Backend
+                  capacity record                       ──units.sock─► Borrowing (relays)
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import psutil
+import structlog
+import trio
+
+from nextgpu_node.api import server as api_server
+from nextgpu_node.api.sockets import listen_private, remove_listening
+from nextgpu_node.api_types import (
+    PeerNeed,
+    PeersReply,
+    SharingView,
+    StatusReply,
+    UnitsReply,
+    UnitView,
+)
+from nextgpu_node.config import Config, set_value
+from nextgpu_node.daemon.borrowing import UNIT_PROTOCOL, Borrowing
+from nextgpu_node.daemon.peers import (
+    CAPACITY_PROTOCOL,
+    PeerFinder,
+    announce_forever,
+    serve_capacity,
+)
+from nextgpu_node.daemon.provider import Provider, device_views
+from nextgpu_node.errors import ConfigError, NextGPUError
+from nextgpu_node.identity import Identity
+from nextgpu_node.p2p.network import Network
+from nextgpu_node.p2p.settings import P2PSettings
+from nextgpu_node.p2p.streams import PeerStream
+from nextgpu_node.paths import Paths, ensure_private_dir
+from nextgpu_protocol.errors import ErrorCode
+
+log = structlog.get_logger()
+
+_MAX_LOCAL_CLIENTS = 64
+
+
+class Node:
+    """The daemon's object.  Implements `api_types.Backend`."""
+
+    def __init__(self, config: Config, paths: Paths, identity: Identity) -> None:
+        self._config = config
+        self._paths = paths
+        self._identity = identity
+        self._began_s = time.monotonic()
+        self._addresses: list[str] = []
+        self._provider = Provider(config.sharing, identity, paths.worker_dir)
+        self._network = Network(
+            _p2p_settings(config, identity),
+            {UNIT_PROTOCOL: self._serve_unit, CAPACITY_PROTOCOL: self._serve_capacity},
+        )
+        self._borrowing = Borrowing(self._network, identity)
+        self._finder = PeerFinder(self._network)
+        self._local_clients = trio.CapacityLimiter(_MAX_LOCAL_CLIENTS)
+
+    async def run(
+        self, *, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Everything, until cancelled.  Starts with this node's own multiaddrs."""
+        for directory in (self._paths.state_dir, self._paths.worker_dir):
+            ensure_private_dir(directory)
+        # First of all the socket's name: it tells a second daemon of this home to stop here.
+        unit_socket = listen_private(self._paths.units_socket)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._addresses = await nursery.start(self._network.run)
+                await nursery.start(api_server.run, self, self._paths.api_socket)
+                nursery.start_soon(self._serve_unit_socket, unit_socket)
+                nursery.start_soon(self._provider.run)
+                nursery.start_soon(announce_forever, self._network, self._provider.capability_keys)
+                task_status.started(self._addresses)
+        finally:
+            remove_listening(self._paths.units_socket, unit_socket)
+
+    async def stop_lending(self) -> None:
+        """Before a shutdown: every lent unit gets its wipe and its receipt."""
+        await self._provider.stop_units("owner_stopped", ErrorCode.SHUTTING_DOWN)
+
+    # --- Backend ----------------------------------------------------------------------------
+
+    def status(self) -> StatusReply:
+        sandbox = self._provider.sandbox
+        return StatusReply(
+            version=version("nextgpu-node"),
+            peer_id=self._identity.peer_id,
+            addresses=self._addresses,
+            uptime_s=round(time.monotonic() - self._began_s, 1),
+            connected_peers=self._network.connected_peers(),
+            sharing=self._provider.sharing_view(),
+            devices=device_views(),
+            runtime=self._provider.runtime,
+            isolation=list(sandbox.layers),
+            isolation_tier=sandbox.tier,
+            rss_bytes=psutil.Process().memory_info().rss,
+        )
+
+    async def peers(self, need: PeerNeed) -> PeersReply:
+        return await self._finder.find(need)
+
+    def units(self) -> UnitsReply:
+        now_s = time.monotonic()
+        borrowed = [
+            UnitView(
+                unit_id=relay.unit_id,
+                role="borrowing",
+                state="running" if relay.unit_id else "starting",
+                age_s=round(now_s - relay.began_s, 3),
+                input_bytes=relay.input_bytes,
+                output_bytes=relay.output_bytes,
+            )
+            for relay in self._borrowing.relays
+        ]
+        return UnitsReply(units=self._provider.unit_views() + borrowed)
+
+    async def cancel_unit(self, unit_id: str) -> bool:
+        return self._provider.cancel(unit_id) or await self._borrowing.cancel(unit_id)
+
+    def set_sharing(self, enabled: bool) -> SharingView:
+        """Switch lending, now and for the next start."""
+        try:
+            set_value(self._paths.config_file, "sharing.enabled", "true" if enabled else "false")
+        except ConfigError as exc:
+            # Off is off even where the file can not be written; the owner hears about the rest.
+            self._provider.set_enabled(enabled)
+            raise NextGPUError(f"Switched for this run only: {exc}") from exc
+        self._provider.set_enabled(enabled)
+        return self._provider.sharing_view()
+
+    # --- streams ----------------------------------------------------------------------------
+
+    async def _serve_unit(self, stream: PeerStream) -> None:
+        await self._provider.serve(stream)
+
+    async def _serve_capacity(self, stream: PeerStream) -> None:
+        await serve_capacity(stream, self._provider.capacity_record)
+        await stream.aclose()
+
+    async def _serve_unit_socket(self, unit_socket: socket.socket) -> None:
+        # A duplicate: trio closes what it is given, and the name is ours to remove.
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(unit_socket.dup()))
+        await trio.serve_listeners(self._serve_local, [listener])
+
+    async def _serve_local(self, stream: trio.SocketStream) -> None:
+        async with self._local_clients:
+            await self._borrowing.serve(stream)
+
+
+def _p2p_settings(config: Config, identity: Identity) -> P2PSettings:
+    network = config.network
+    bootstrap: Sequence[str] = network.bootstrap
+    return P2PSettings(
+        key_seed=bytes(identity.signing_key),
+        listen_addrs=network.listen,
+        announce_addrs=network.announce,
+        bootstrap=tuple(bootstrap),
+        # "auto" is a server until reachability is known: a client would not be found.
+        dht_mode="client" if network.mode == "client" else "server",
+    )

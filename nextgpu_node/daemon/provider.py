@@ -1,0 +1,295 @@
+"""The lending side of a node: on, off, and everything that runs only while it is on.
+
+While it is off there is no launcher, no worker and no torch in memory.  What is refused, and
+why, is `core`'s to decide; what is known of the host comes from `hostinfo` and `sandbox`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+import structlog
+import trio
+
+from nextgpu_node.api_types import DeviceView, SharingView, UnitView
+from nextgpu_node.config import SharingConfig
+from nextgpu_node.core.admission import OwnerPolicy
+from nextgpu_node.core.lending import Lending
+from nextgpu_node.daemon.clock import now_ms
+from nextgpu_node.daemon.lending import LentUnit
+from nextgpu_node.daemon.workers import WorkerPool
+from nextgpu_node.errors import SandboxError
+from nextgpu_node.frames import ByteStream
+from nextgpu_node.hostinfo.devices import choose_device, default_threads, list_devices
+from nextgpu_node.identity import Identity
+from nextgpu_node.sandbox.launcher import Launcher, Worker
+from nextgpu_node.sandbox.policy import WorkerPolicy
+from nextgpu_node.sandbox.probe import SandboxReport, probe
+from nextgpu_protocol.capability import keys_for_capacity
+from nextgpu_protocol.envelope import sign_message
+from nextgpu_protocol.errors import ErrorCode
+from nextgpu_protocol.ids import PeerId, PeerKey
+from nextgpu_protocol.messages import SUITE, Capacity, DeviceInfo
+from nextgpu_protocol.program_limits import TABLE_VERSION
+
+log = structlog.get_logger()
+
+_CAPACITY_LIFETIME_MS = 60_000
+_RESTART_S = 10
+_WARM_WORKER_S = 24 * 3600.0
+_TIERS = {"A": 2, "C": 1, "none": 0}
+_OFF = "sharing is off"
+
+
+class Provider:
+    """Lends one device of this host.  `run` it once; it follows `set_enabled`."""
+
+    def __init__(self, config: SharingConfig, identity: Identity, worker_dir: Path) -> None:
+        self._config = config
+        self._identity = identity
+        self._worker_dir = worker_dir
+        self._enabled = config.enabled
+        self._reason = "starting" if config.enabled else _OFF
+        self._switched = trio.Event()
+        self._pool: WorkerPool | None = None
+        self._session_ids = itertools.count(1)
+        self._units: dict[int, LentUnit] = {}
+        self._decider = Lending(
+            PeerKey(identity.public_key), self._policy(), table_version=TABLE_VERSION
+        )
+        self.sandbox = SandboxReport(tier="none", layers=(), missing=())
+
+    # --- on and off -------------------------------------------------------------------------
+
+    def set_enabled(self, enabled: bool) -> None:
+        """The owner's switch.  Off ends every lent unit at once."""
+        if enabled == self._enabled:
+            return
+        self._enabled = enabled
+        self._reason = "starting" if enabled else _OFF
+        self._update_policy()
+        self._switched.set()
+
+    async def run(self) -> None:
+        """Lend while enabled, until cancelled."""
+        while True:
+            self._switched = trio.Event()
+            if not self._enabled:
+                await self._switched.wait()
+                continue
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._lend)
+                await self._switched.wait()
+                await self.stop_units("owner_stopped", ErrorCode.NOT_SHARING)
+                nursery.cancel_scope.cancel()
+
+    async def stop_units(self, status: str, code: ErrorCode, *, grace_s: float = 3) -> None:
+        """End every lent unit, each with its wipe and its receipt, within `grace_s`."""
+        for unit in list(self._units.values()):
+            unit.stop(status, code)
+        with trio.move_on_after(grace_s):
+            for unit in list(self._units.values()):
+                await unit.finished.wait()
+
+    async def _lend(self) -> None:
+        """Launcher and warm workers; started again where the sandbox fails for a while."""
+        while True:
+            try:
+                await self._lend_once()
+            except* SandboxError as group:
+                self._pause(str(group.exceptions[0]))
+            await trio.sleep(_RESTART_S)
+
+    async def _lend_once(self) -> None:
+        self.sandbox = await trio.to_thread.run_sync(probe)
+        if _TIERS[self.sandbox.tier] < _TIERS[self._config.minimum_isolation]:
+            missing = ", ".join(layer for layer, _ in self.sandbox.missing) or "unknown"
+            self._pause(f"the sandbox lacks layers: {missing}; see `nextgpu doctor`")
+            return
+        if self._device() is None:
+            self._pause(f"there is no device {self._config.device!r}")
+            return
+        launcher = Launcher(runtime_dir=self._worker_dir, tier=self.sandbox.tier)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(launcher.run)
+            self._pool = WorkerPool(launcher, self._worker_policy(), self._config.warm_workers)
+            self._pool.set_active(True)
+            nursery.start_soon(self._pool.run)
+            try:
+                await self._pool.wait_ready()
+                self._reason = ""
+                self._update_policy()
+                log.info("sharing.started", tier=self.sandbox.tier)
+                await trio.sleep_forever()
+            finally:
+                self._pool = None
+                self._update_policy()
+
+    def _pause(self, reason: str) -> None:
+        log.warning("sharing.paused", reason=reason)
+        self._reason = reason
+        self._update_policy()
+
+    # --- what we are ------------------------------------------------------------------------
+
+    def _device(self) -> DeviceInfo | None:
+        device = choose_device(list_devices(), self._config.device)
+        if device is None:
+            return None
+        return DeviceInfo(
+            kind=device.kind,
+            name=device.name[:120],
+            memory_total_bytes=device.total_memory_bytes,
+            memory_free_bytes=device.free_memory_bytes,
+            compute_capability=device.compute_capability,
+        )
+
+    @property
+    def is_active(self) -> bool:
+        """Lending at this moment: switched on, and everything that it takes is there."""
+        return self._enabled and self._pool is not None and not self._reason
+
+    @property
+    def _free_slots(self) -> int:
+        used = self._decider.used_slots
+        return max(0, self._config.max_concurrent_units - used) if self.is_active else 0
+
+    def _policy(self) -> OwnerPolicy:
+        config = self._config
+        return OwnerPolicy(
+            sharing=self.is_active,
+            reason=self._reason,
+            device=self._device(),
+            max_concurrent_units=config.max_concurrent_units,
+            memory_bytes=config.max_memory_bytes,
+            max_seconds=config.max_unit_seconds,
+            input_bytes=config.max_input_bytes,
+            output_bytes=config.max_output_bytes,
+            requests_per_minute=config.requests_per_minute,
+            allow=frozenset(PeerId(peer) for peer in config.allow),
+            deny=frozenset(PeerId(peer) for peer in config.deny),
+        )
+
+    def _update_policy(self) -> None:
+        self._decider.policy = self._policy()
+
+    def _worker_policy(self) -> WorkerPolicy:
+        config = self._config
+        device = choose_device(list_devices(), config.device)
+        assert device is not None
+        return WorkerPolicy(
+            memory_bytes=config.max_memory_bytes,
+            max_threads=config.threads or default_threads(),
+            cpu_s=config.max_unit_seconds * (config.threads or default_threads()) + 60,
+            # The unit's own clock starts with its header (restart_clock); until then a warm
+            # worker waits, and after a day a fresh one takes its place.
+            wall_s=_WARM_WORKER_S,
+            device=device.label,
+        )
+
+    def capability_keys(self) -> list[bytes]:
+        """Where the DHT should find this node; nowhere while it does not lend."""
+        device = self._decider.policy.device
+        if not self.is_active or device is None:
+            return []
+        return keys_for_capacity(device.kind, device.memory_total_bytes)
+
+    def capacity_record(self) -> bytes:
+        """The signed capacity of this moment."""
+        self._update_policy()
+        policy, issued_at_ms = self._decider.policy, now_ms()
+        capacity = Capacity(
+            suites=(SUITE,),
+            devices=(policy.device,) if policy.device else (),
+            free_slots=self._free_slots,
+            memory_bytes=policy.memory_bytes,
+            max_seconds=policy.max_seconds,
+            input_bytes=policy.input_bytes,
+            output_bytes=policy.output_bytes,
+            runtime=self.runtime,
+            table_version=TABLE_VERSION,
+            isolation=self.sandbox.layers,
+            sharing=policy.sharing,
+            reason=policy.reason[:200],
+            issued_at_ms=issued_at_ms,
+            expires_at_ms=issued_at_ms + _CAPACITY_LIFETIME_MS,
+        )
+        return sign_message(capacity, self._identity.signing_key).data
+
+    @property
+    def runtime(self) -> str:
+        return self._pool.runtime if self._pool else ""
+
+    def sharing_view(self) -> SharingView:
+        return SharingView(
+            enabled=self._enabled,
+            active=self.is_active,
+            reason=self._reason,
+            slots=self._config.max_concurrent_units,
+            free_slots=self._free_slots,
+        )
+
+    def unit_views(self) -> list[UnitView]:
+        now_s = time.monotonic()
+        views = []
+        for unit in self._units.values():
+            input_bytes, output_bytes = unit.sizes
+            view = UnitView(
+                unit_id=unit.unit_id,
+                role="lending",
+                state=unit.state,
+                age_s=round(now_s - unit.began_s, 3),
+                input_bytes=input_bytes,
+                output_bytes=output_bytes,
+            )
+            views.append(view)
+        return views
+
+    # --- units ------------------------------------------------------------------------------
+
+    async def serve(self, stream: ByteStream) -> None:
+        """One unit stream of one peer, to its end."""
+        unit = LentUnit(
+            next(self._session_ids),
+            stream,
+            self._decider,
+            self._take_worker,
+            self.runtime,
+            self._identity,
+        )
+        self._units[unit.id] = unit
+        try:
+            await unit.run()
+        finally:
+            del self._units[unit.id]
+            with trio.CancelScope(shield=True), trio.move_on_after(2):
+                await stream.aclose()
+
+    async def _take_worker(self) -> Worker:
+        if self._pool is None:
+            raise SandboxError("sharing was switched off")
+        return await self._pool.take()
+
+    def cancel(self, unit_id: str) -> bool:
+        """End the lent unit of that id; False where there is none."""
+        for unit in self._units.values():
+            if unit_id and unit.unit_id == unit_id:
+                unit.stop("owner_stopped", ErrorCode.CANCELLED)
+                return True
+        return False
+
+
+def device_views() -> list[DeviceView]:
+    """Every device of this host, for its owner."""
+    return [
+        DeviceView(
+            kind=device.kind,
+            name=device.name,
+            memory_total_bytes=device.total_memory_bytes,
+            memory_free_bytes=device.free_memory_bytes,
+            compute_capability=device.compute_capability,
+        )
+        for device in list_devices()
+    ]

@@ -1,0 +1,275 @@
+"""Where the node keeps its files.
+
+    config_file    settings                        ~/.config/nextgpu/config.toml
+    data_dir       the identity key                ~/.local/share/nextgpu
+    state_dir      what a restart picks up         ~/.local/state/nextgpu
+    cache_dir      what can be made again          ~/.cache/nextgpu
+    runtime_dir    sockets, gone after a reboot    $XDG_RUNTIME_DIR/nextgpu
+
+One home directory (`--home`, `NEXTGPU_HOME`) replaces all of it; systemd's variables replace
+their own kind (systemd.exec(5), RuntimeDirectory=).  Directories are 0700 and ours, or refused.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from nextgpu_node.errors import ConfigError
+
+APP = "nextgpu"
+SYSTEM_CONFIG_FILE = Path("/etc/nextgpu/config.toml")
+
+# struct sockaddr_un: sun_path has 108 bytes, one of them the closing NUL (unix(7)).
+MAX_SOCKET_PATH_BYTES = 107
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Every place that the node reads or writes.  Nothing is created by making one.
+
+    `config_file` may equal `system_config_file`: the system service has no second file.
+    """
+
+    config_file: Path
+    system_config_file: Path
+    data_dir: Path
+    state_dir: Path
+    cache_dir: Path
+    runtime_dir: Path
+
+    @classmethod
+    def under(cls, root: Path) -> Paths:
+        """Everything below one directory, the system's settings file left out."""
+        root = root.expanduser().absolute()
+        return cls(
+            config_file=root / "config.toml",
+            system_config_file=root / "config.toml",
+            data_dir=root / "data",
+            state_dir=root / "state",
+            cache_dir=root / "cache",
+            runtime_dir=root / "run",
+        )
+
+    @classmethod
+    def of_user(cls, environ: Mapping[str, str]) -> Paths:
+        """The XDG base directories, each replaced by systemd's variable where that is ours."""
+        dirs = platformdirs.PlatformDirs(APP, appauthor=False)
+        config_dir = _from_systemd(environ, "CONFIGURATION_DIRECTORY") or dirs.user_config_path
+        data_dir, state_dir = dirs.user_data_path, dirs.user_state_path
+        state = _from_systemd(environ, "STATE_DIRECTORY")
+        if state is not None:
+            data_dir, state_dir = state / "data", state / "state"
+        return cls(
+            config_file=config_dir / "config.toml",
+            system_config_file=SYSTEM_CONFIG_FILE,
+            data_dir=data_dir,
+            state_dir=state_dir,
+            cache_dir=_from_systemd(environ, "CACHE_DIRECTORY") or dirs.user_cache_path,
+            runtime_dir=_from_systemd(environ, "RUNTIME_DIRECTORY")
+            or _xdg_runtime(environ, state_dir),
+        )
+
+    @classmethod
+    def of_system_service(cls) -> Paths:
+        """Where systemd/nextgpud.service keeps its files, for a client outside the service."""
+        state = Path("/var/lib") / APP
+        return cls(
+            config_file=SYSTEM_CONFIG_FILE,
+            system_config_file=SYSTEM_CONFIG_FILE,
+            data_dir=state / "data",
+            state_dir=state / "state",
+            cache_dir=Path("/var/cache") / APP,
+            runtime_dir=Path("/run") / APP,
+        )
+
+    @property
+    def identity_file(self) -> Path:
+        return self.data_dir / "identity.key"
+
+    @property
+    def api_socket(self) -> Path:
+        return self.runtime_dir / "api.sock"
+
+    @property
+    def units_socket(self) -> Path:
+        return self.runtime_dir / "units.sock"
+
+    @property
+    def worker_dir(self) -> Path:
+        """Where the launcher keeps what belongs to running workers."""
+        return self.runtime_dir / "workers"
+
+
+def find_paths(environ: Mapping[str, str], *, home: Path | None = None) -> Paths:
+    """The node's paths: `home`, else NEXTGPU_HOME, else the user's directories.
+
+    Raises ConfigError where a socket's path would be longer than the kernel takes.
+    """
+    root = home or (Path(environ["NEXTGPU_HOME"]) if environ.get("NEXTGPU_HOME") else None)
+    paths = Paths.under(root) if root is not None else Paths.of_user(environ)
+    for socket in (paths.api_socket, paths.units_socket):
+        check_socket_path(socket)
+    return paths
+
+
+def check_socket_path(path: Path) -> None:
+    """Raises ConfigError where `path` does not fit into a unix socket's address."""
+    length = len(os.fsencode(path))
+    if length > MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"{path}: {length} bytes are too many for a unix socket, which takes "
+            f"{MAX_SOCKET_PATH_BYTES}. Use a shorter --home (or NEXTGPU_HOME)."
+        )
+
+
+def ensure_private_dir(path: Path) -> None:
+    """`path` is afterwards a directory of ours with mode 0700; missing parents are made 0700 too.
+
+    Raises ConfigError where it exists and is a link, another user's, or open to others.  It is
+    never changed then: somebody may rely on it, and what others could write is not trustworthy.
+    """
+    try:
+        _make_dirs(path)
+        info = path.lstat()
+    except OSError as exc:
+        raise ConfigError(f"{path}: can not be made or read: {exc.strerror}.") from exc
+    if stat.S_ISLNK(info.st_mode) or not stat.S_ISDIR(info.st_mode):
+        raise ConfigError(
+            f"{path}: is not a directory (links are not followed here). Move it away."
+        )
+    if info.st_uid != os.geteuid():
+        raise ConfigError(
+            f"{path}: belongs to user {info.st_uid}, but this is user {os.geteuid()}. "
+            f"Run as its owner or choose another --home."
+        )
+    mode = stat.S_IMODE(info.st_mode)
+    if mode & 0o077:
+        raise ConfigError(f"{path}: mode {mode:04o} lets other users in. Run: chmod 700 {path}")
+
+
+def _make_dirs(path: Path) -> None:
+    """mkdir -p with 0700 for every new level: pathlib gives 0777 & ~umask to the parents."""
+    missing = []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = path.parent
+    for level in reversed(missing):
+        level.mkdir(mode=0o700, exist_ok=True)
+
+
+def _from_systemd(environ: Mapping[str, str], variable: str) -> Path | None:
+    """systemd's directory of one kind, where it is this program's.
+
+    Services hand their variables down to what they start, so a directory that is not called
+    "nextgpu" is another program's and is left alone.  With DynamicUser= the path is a link of
+    root's to /var/lib/private/…, hence resolve().
+    """
+    for text in environ.get(variable, "").split(":"):
+        path = Path(text)
+        if path.is_absolute() and path.name == APP:
+            return path.resolve()
+    return None
+
+
+def _xdg_runtime(environ: Mapping[str, str], state_dir: Path) -> Path:
+    """Without XDG_RUNTIME_DIR the sockets live in the state directory: a name in /tmp that
+    anyone can guess, anyone can also take first."""
+    runtime = Path(environ.get("XDG_RUNTIME_DIR", ""))
+    return runtime / APP if runtime.is_absolute() else state_dir / "run"
+
+
+@dataclass(frozen=True, slots=True)
+class PathKind:
+    """One kind of file that the software writes: where, why, and for how long.
+
+    `attribute` names the property of `Paths`; `personal` is true where the file says something
+    about the owner or about peers, and so is part of `nextgpu data`.
+    """
+
+    attribute: str
+    what: str
+    why: str
+    kept: str
+    personal: bool
+
+
+# Everything that is ever written belongs to one of these; a file that does not is a defect.
+PATH_REGISTRY: tuple[PathKind, ...] = (
+    PathKind(
+        "config_file",
+        "settings",
+        "what the owner decided, written by `nextgpu config set` and by hand",
+        "until the owner deletes it",
+        personal=True,
+    ),
+    PathKind(
+        "system_config_file",
+        "settings of the machine",
+        "what the administrator decided for every user",
+        "until the administrator deletes it",
+        personal=False,
+    ),
+    PathKind(
+        "data_dir",
+        "data directory",
+        "holds the identity key",
+        "until `nextgpu service uninstall --purge`",
+        personal=True,
+    ),
+    PathKind(
+        "identity_file",
+        "identity key",
+        "the Ed25519 seed that this node signs with; its public half is the peer ID",
+        "until it is deleted; the next start then makes another one",
+        personal=True,
+    ),
+    PathKind(
+        "state_dir",
+        "state directory",
+        "what a restart picks up again; never the content of a work unit",
+        "until `nextgpu service uninstall --purge`",
+        personal=True,
+    ),
+    PathKind(
+        "cache_dir",
+        "cache directory",
+        "what can be made again",
+        "may be deleted at any time",
+        personal=False,
+    ),
+    PathKind(
+        "runtime_dir",
+        "runtime directory",
+        "holds the sockets while the daemon runs",
+        "until the daemon stops",
+        personal=False,
+    ),
+    PathKind(
+        "api_socket",
+        "API socket",
+        "the command line and the dashboard talk to the daemon here",
+        "until the daemon stops",
+        personal=False,
+    ),
+    PathKind(
+        "units_socket",
+        "work unit socket",
+        "sealed work units of this machine's own programs pass here",
+        "until the daemon stops",
+        personal=False,
+    ),
+    PathKind(
+        "worker_dir",
+        "worker directory",
+        "what the launcher needs beside a running worker; a unit's own scratch space is a tmpfs "
+        "inside its sandbox",
+        "until the work unit ends",
+        personal=False,
+    ),
+)

@@ -1,0 +1,177 @@
+"""Memory and process limits by cgroup, where this process may make cgroups.  Source: cgroups(7)
+
+v2   a delegated subtree (systemd's Delegate=): the daemon moves to a leaf of it, workers get others
+v1   the memory hierarchy, root only; joining each hierarchy costs 3 ms, and RLIMIT_NPROC on a
+     uid of its own counts a root daemon's worker threads just as well as the pids hierarchy
+
+A group holds one worker: what it counts beyond rlimits is memory that no single process maps,
+such as tmpfs, and what the kernel keeps for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import trio
+
+_MOUNT: Final = Path("/sys/fs/cgroup")
+_PREFIX: Final = "nextgpu-"
+_RETRY_S: Final = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The cgroup of one worker."""
+
+    version: int
+    directory: Path
+
+    @property
+    def layer(self) -> str:
+        return f"cgroup-v{self.version}"
+
+    def open_for_joining(self) -> int:
+        """A descriptor for the zygote: cgroup.procs to write to in v1, the directory in v2.
+
+        The caller closes it.
+        """
+        if self.version == 2:
+            return os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(self.directory / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+
+    def out_of_memory(self) -> bool:
+        """True where the kernel has killed something in this group for its memory limit."""
+        name = "memory.events" if self.version == 2 else "memory.oom_control"
+        with contextlib.suppress(OSError):
+            for line in (self.directory / name).read_text().splitlines():
+                key, _, value = line.partition(" ")
+                if key == "oom_kill":
+                    return int(value) > 0
+        return False
+
+    def swap_forbidden(self) -> bool:
+        with contextlib.suppress(OSError):
+            if self.version == 2:
+                return (self.directory / "memory.swap.max").read_text().strip() == "0"
+        return False
+
+    async def remove(self) -> bool:
+        """Remove the group; False where it can not be.  The caller sets a deadline."""
+        while self.directory.exists():
+            try:
+                self.directory.rmdir()
+            except OSError:
+                # A dead process leaves its group a moment after it was reaped.
+                await trio.sleep(_RETRY_S)
+        return not self.directory.exists()
+
+
+class Hierarchy:
+    """The place below which this daemon makes its workers' groups."""
+
+    def __init__(self, version: int, parent: Path) -> None:
+        self.version = version
+        self._parent = parent
+
+    def create(self, name: str, *, memory_bytes: int, pids: int) -> Group:
+        """A new group with its limits set.  Raises OSError."""
+        directory = self._parent / f"{_PREFIX}{name}"
+        directory.mkdir()
+        if self.version == 2:
+            _set(directory / "memory.max", memory_bytes)
+            _set_if_present(directory / "memory.swap.max", 0)
+            _set_if_present(directory / "memory.oom.group", 1)
+            _set(directory / "pids.max", pids)
+        else:
+            _set(directory / "memory.limit_in_bytes", memory_bytes)
+            _set_if_present(directory / "memory.memsw.limit_in_bytes", memory_bytes)
+        return Group(self.version, directory)
+
+    def leftovers(self, name_prefix: str) -> Iterator[Group]:
+        """Groups of an earlier daemon whose names begin with `name_prefix`."""
+        for path in sorted(self._parent.glob(f"{_PREFIX}{name_prefix}*")):
+            yield Group(self.version, path)
+
+
+def find_hierarchy() -> Hierarchy | None:
+    """Where this process may make cgroups; None where it may not, or limits are missing."""
+    try:
+        own = _own_groups(Path("/proc/self/cgroup").read_text())
+    except OSError:
+        return None
+    return _find_v2(own, _MOUNT) or _find_v1(own, _MOUNT)
+
+
+def _own_groups(text: str) -> dict[str, str]:
+    """/proc/self/cgroup -> controller ("" for v2) to path."""
+    groups: dict[str, str] = {}
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            groups[controller] = path
+    return groups
+
+
+def _find_v2(own: dict[str, str], mount: Path) -> Hierarchy | None:
+    if "" not in own:
+        return None
+    group = mount / own[""].lstrip("/")
+    if group.name == f"{_PREFIX}daemon":  # a second launcher in this process
+        group = group.parent
+    if not _is_delegated(group):
+        return None
+    try:
+        available = (group / "cgroup.controllers").read_text().split()
+        if not {"memory", "pids"} <= set(available):
+            return None
+        # No process may stay in a group that hands controllers to its children.
+        leaf = group / f"{_PREFIX}daemon"
+        leaf.mkdir(exist_ok=True)
+        for pid in _members(group):
+            _set(leaf / "cgroup.procs", int(pid))
+        (group / "cgroup.subtree_control").write_text("+memory +pids")
+    except OSError:
+        return None
+    return Hierarchy(2, group)
+
+
+def _is_delegated(group: Path) -> bool:
+    """Root may write everywhere: it needs systemd's mark.  Others: what they may write to."""
+    if os.geteuid() == 0:
+        for name in ("trusted.delegate", "user.delegate"):
+            with contextlib.suppress(OSError):
+                if os.getxattr(group, name) == b"1":
+                    return True
+        return False
+    return os.access(group, os.W_OK) and os.access(group / "cgroup.procs", os.W_OK)
+
+
+def _find_v1(own: dict[str, str], mount: Path) -> Hierarchy | None:
+    if os.geteuid() != 0 or "memory" not in own:
+        return None
+    parent = mount / "memory" / own["memory"].lstrip("/")
+    if not os.access(parent / "cgroup.procs", os.W_OK):
+        return None
+    return Hierarchy(1, parent)
+
+
+def _members(group: Path) -> list[str]:
+    try:
+        return (group / "cgroup.procs").read_text().split()
+    except OSError:
+        return []
+
+
+def _set(file: Path, value: int) -> None:
+    file.write_text(str(value))
+
+
+def _set_if_present(file: Path, value: int) -> None:
+    # Kernels without swap accounting lack the file.
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        file.write_text(str(value))

@@ -1,0 +1,607 @@
+"""The daemon's side of the sandbox: supervise the zygote, spawn, limit, kill, wipe.
+
+    run()     zygote up -> ready -> … -> dies -> its workers die too -> a new one, after a while
+    spawn()   socketpair -> request -> pidfd -> HELLO with the worker's one-time key
+    Worker    a stream, an exit, and finish(): kill, reap, verify
+
+The daemon sees ciphertext alone on a worker's stream, and never takes a descriptor from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import structlog
+import trio
+
+from nextgpu_node.errors import SandboxError
+from nextgpu_node.sandbox import cgroups, control, wipe
+from nextgpu_node.sandbox.policy import (
+    HostLayout,
+    Plan,
+    Tier,
+    WorkerPolicy,
+    decode_layout,
+    encode_plan,
+    plan_worker,
+)
+from nextgpu_node.sandbox.wipe import WipeReport
+from nextgpu_protocol.errors import RemoteProtocolError
+from nextgpu_protocol.framing import HEAD_BYTES, FrameDecoder, FrameKind
+
+log = structlog.get_logger()
+
+KEY_BYTES: Final = 32
+# Importing torch from a cold disk took up to 15 s on the slowest machine we tried.
+_PRELOAD_DEADLINE_S: Final = 120.0
+_HELLO_DEADLINE_S: Final = 10.0
+_WIPE_DEADLINE_S: Final = 10.0
+_FIRST_BACKOFF_S: Final = 0.2
+_LONGEST_BACKOFF_S: Final = 30.0
+# A zygote that lived this long was sound: the next back-off starts small again.
+_SOUND_AFTER_S: Final = 60.0
+# Ids that Debian Policy 9.2.2 leaves to no account.  One for each live worker: the kernel counts
+# threads per id.
+_SPARE_UIDS: Final = range(64000, 65000)
+_ZYGOTE_ENVIRONMENT: Final = {
+    # numpy's import would start threads, and a fork needs a process with one.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # A child can not use CUDA that its parent has initialised: torch must only ask NVML.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+
+ExitReason = Literal["exited", "signalled", "oom", "timeout", "cpu-limit", "killed", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExit:
+    """How a worker ended.  `code` is its exit code, or None where a signal ended it.
+
+    "killed" is `finish` by this daemon, "lost" an end that the zygote did not live to report.
+    """
+
+    reason: ExitReason
+    code: int | None
+    signal: int | None
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+
+
+class Worker:
+    """One confined process, for one unit.  Made by Launcher.spawn; the owner calls `finish`."""
+
+    def __init__(self, launcher: Launcher, slot: _Slot, public_key: bytes, pending: bytes) -> None:
+        self._launcher = launcher
+        self._slot = slot
+        self.pid = slot.pid
+        self.public_key = public_key
+        self.layers = slot.layers
+        self.stream: trio.abc.Stream = _WorkerStream(slot.stream, pending)
+
+    async def wait(self) -> WorkerExit:
+        """Until the process has ended and was reaped."""
+        return await self._slot.wait_exit()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is known to be gone; nothing more can be sent to it then."""
+        return self._slot.ended.is_set()
+
+    def restart_clock(self, wall_s: float) -> None:
+        """Count the wall time limit from now: a pooled worker has been idle until its unit."""
+        self._slot.wall_scope.deadline = trio.current_time() + wall_s
+
+    async def finish(self) -> WipeReport:
+        """Kill the whole tree, reap it, verify that nothing is left.  Idempotent, shielded."""
+        return await self._launcher.finish_slot(self._slot)
+
+
+class _WorkerStream(trio.abc.Stream):
+    """The worker's socket; bytes that came behind HELLO are given out first."""
+
+    def __init__(self, stream: trio.SocketStream, pending: bytes) -> None:
+        self._stream = stream
+        self._pending = pending
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if not self._pending:
+            return bytes(await self._stream.receive_some(max_bytes))
+        await trio.lowlevel.checkpoint()
+        end = len(self._pending) if max_bytes is None else max_bytes
+        given, self._pending = self._pending[:end], self._pending[end:]
+        return given
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class _Slot:
+    """What the launcher keeps about one worker from the request to the end of its wipe."""
+
+    def __init__(self, spawn_id: int, plan: Plan, group: cgroups.Group | None) -> None:
+        self.spawn_id = spawn_id
+        self.plan = plan
+        self.group = group
+        self.layers = (*plan.layers(), *([group.layer] if group else []))
+        self.spare_uid = 0
+        self.pid = 0
+        self.pidfd: int | None = None
+        self.refusal: str | None = None
+        self.kill_reason: ExitReason | None = None
+        self.wall_scope = trio.CancelScope()
+        self.exit: WorkerExit | None = None
+        self.report: WipeReport | None = None
+        self.wiping = trio.Lock()
+        self.answered = trio.Event()
+        self.ended = trio.Event()
+        self.stream: trio.SocketStream
+
+    async def wait_exit(self) -> WorkerExit:
+        await self.ended.wait()
+        assert self.exit is not None
+        return self.exit
+
+    def kill(self, reason: ExitReason) -> None:
+        """SIGKILL to the first process of its PID namespace: the kernel takes all the others."""
+        if self.exit is None and self.pidfd is not None:
+            self.kill_reason = self.kill_reason or reason
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def on_spawned(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.answered.set()
+
+    def on_refused(self, sentence: str) -> None:
+        self.refusal = sentence
+        self.exit = WorkerExit("exited", None, None, 0.0, 0.0, 0)
+        self.answered.set()
+        self.ended.set()
+
+    def on_exited(self, head: control.Head) -> None:
+        status = head["status"]
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        self._end(
+            WorkerExit(
+                self._reason(number, head["cpu_s"]),
+                code,
+                number,
+                head["wall_s"],
+                head["cpu_s"],
+                head["peak_rss_bytes"],
+            )
+        )
+
+    def on_lost(self) -> None:
+        self._end(WorkerExit(self.kill_reason or "lost", None, None, 0.0, 0.0, 0))
+
+    def _end(self, exit_: WorkerExit) -> None:
+        if self.exit is None:
+            self.exit = exit_
+        self.answered.set()
+        self.ended.set()
+        self.wall_scope.cancel()
+
+    def _reason(self, number: int | None, cpu_s: float) -> ExitReason:
+        if number is None:
+            return "exited"
+        if number != signal.SIGKILL:
+            return "signalled"
+        if self.kill_reason is not None:
+            return self.kill_reason
+        if self.group is not None and self.group.out_of_memory():
+            return "oom"
+        cpu_limit_s = dict(self.plan.rlimits).get("RLIMIT_CPU")
+        # The kernel compares at clock ticks, and the accounting is rounded to them.
+        if cpu_limit_s is not None and cpu_s >= cpu_limit_s - 0.1:
+            return "cpu-limit"
+        return "signalled"
+
+
+class _Zygote:
+    """One zygote process and the control socket to it."""
+
+    def __init__(self, module: str) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            # Not by trio's run_process: its helper thread ends after a while, and the zygote is
+            # bound to the life of the thread that started it (PR_SET_PDEATHSIG, prctl(2)).
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-I", "-m", "nextgpu_node.sandbox.zygote"),
+                    *("--worker-module", module, "--control-fd", str(theirs.fileno())),
+                ],
+                env=_ZYGOTE_ENVIRONMENT,
+                cwd="/",
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.pidfd = os.pidfd_open(self.process.pid)
+        self.channel = trio.socket.from_stdlib_socket(ours)
+        self._sending = trio.Lock()
+
+    async def send(self, head: control.Head, tail: bytes, fds: list[int]) -> None:
+        async with self._sending:
+            await self.channel.sendmsg([control.pack(head, tail)], control.pack_descriptors(fds))
+
+    async def receive(self) -> tuple[control.Head, list[int]] | None:
+        """The next message; None once the zygote is gone."""
+        try:
+            packet, ancillary, _, _ = await self.channel.recvmsg(
+                control.MAX_PACKET_BYTES, control.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionResetError:
+            return None
+        if not packet:
+            return None
+        head, _ = control.unpack(packet)
+        return head, control.unpack_descriptors(ancillary)
+
+    async def end(self) -> None:
+        """Kill and reap.  Idempotent."""
+        self.channel.close()
+        if self.process.returncode is None:
+            self.process.kill()
+            await trio.lowlevel.wait_readable(self.pidfd)
+            self.process.wait()
+            os.close(self.pidfd)
+
+
+class Launcher:
+    """Spawns confined workers.  `run` must be running; `runtime_dir` is private to this user."""
+
+    def __init__(
+        self,
+        *,
+        runtime_dir: Path,
+        worker_module: str = "nextgpu_node.worker.main",
+        tier: Tier = "A",
+    ) -> None:
+        self._directory = runtime_dir / "sandbox"
+        self._worker_module = worker_module
+        self._tier: Tier = tier
+        self._name = secrets.token_hex(4)
+        self._spawn_count = 0
+        self._slots: dict[int, _Slot] = {}
+        self._zygote: _Zygote | None = None
+        self._zygote_up = trio.Event()
+        self._layout: HostLayout | None = None
+        self._runtime: str | None = None
+        self._hierarchy: cgroups.Hierarchy | None = None
+        self._nursery: trio.Nursery | None = None
+        self._spare_uids = random.sample(_SPARE_UIDS, len(_SPARE_UIDS))
+
+    @property
+    def runtime(self) -> str:
+        """What the worker module runs on, such as "torch 2.13.0"; known once `run` has started."""
+        assert self._runtime is not None
+        return self._runtime
+
+    @property
+    def zygote_pid(self) -> int | None:
+        """The process id of the zygote, None while it is being restarted."""
+        return self._zygote.process.pid if self._zygote else None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep a zygote until cancelled; started once the first one is ready.
+
+        Raises SandboxError where the first one can not be had.
+        """
+        self._hierarchy = cgroups.find_hierarchy()
+        await self._remove_leftovers()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                await self._supervise(task_status)
+            finally:
+                self._nursery = None
+                with trio.move_on_after(_WIPE_DEADLINE_S, shield=True):
+                    await self._end_everything()
+
+    async def spawn(self, policy: WorkerPolicy) -> Worker:
+        """A fresh confined worker whose HELLO was read.
+
+        Waits while the zygote restarts.  Raises SandboxError where a layer is refused or the
+        worker ends before its HELLO.
+        """
+        await self._zygote_up.wait()
+        assert self._layout is not None
+        return await self.spawn_planned(
+            plan_worker(policy, self._layout, self._tier), wall_s=policy.wall_s
+        )
+
+    async def spawn_planned(self, plan: Plan, *, wall_s: float) -> Worker:
+        """`spawn` under a plan that the caller has made."""
+        await self._zygote_up.wait()
+        zygote = self._zygote
+        assert zygote is not None
+        slot = self._open_slot(plan)
+        try:
+            await self._request(zygote, slot)
+            worker = await self._greet(slot)
+        except BaseException:
+            with trio.move_on_after(_WIPE_DEADLINE_S, shield=True):
+                await slot.answered.wait()
+                await self.finish_slot(slot)
+            raise
+        worker.restart_clock(wall_s)
+        if self._nursery is None:
+            await self.finish_slot(slot)
+            raise SandboxError("The sandbox is shutting down.")
+        self._nursery.start_soon(self._enforce_wall_limit, slot)
+        return worker
+
+    def _open_slot(self, plan: Plan) -> _Slot:
+        if self._nursery is None:
+            raise SandboxError("The sandbox is shutting down.")
+        self._spawn_count += 1
+        group = None
+        if self._hierarchy is not None:
+            try:
+                group = self._hierarchy.create(
+                    f"{self._name}-{self._spawn_count}",
+                    memory_bytes=plan.cgroup_memory_bytes,
+                    pids=plan.cgroup_pids,
+                )
+            except OSError as exc:
+                raise SandboxError(f"cgroup: {exc.strerror}. The worker was not started.") from exc
+        slot = _Slot(self._spawn_count, plan, group)
+        slot.spare_uid = self._spare_uids.pop()
+        self._slots[slot.spawn_id] = slot
+        return slot
+
+    async def _request(self, zygote: _Zygote, slot: _Slot) -> None:
+        ours, theirs = socket.socketpair()
+        slot.stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        fds = [slot.group.open_for_joining()] if slot.group else []
+        head: control.Head = {
+            "spawn": slot.spawn_id,
+            "spare_uid": slot.spare_uid,
+            "cgroup_v2": slot.group is not None and slot.group.version == 2,
+        }
+        try:
+            await zygote.send(head, encode_plan(slot.plan), [theirs.fileno(), *fds])
+        except BaseException as exc:
+            slot.on_lost()  # nothing was asked for
+            if isinstance(exc, OSError):
+                raise SandboxError("The sandbox launcher has just died; try again.") from exc
+            raise
+        finally:
+            theirs.close()
+            for fd in fds:
+                os.close(fd)
+        await slot.answered.wait()
+        if slot.refusal is not None:
+            raise SandboxError(f"The worker could not be confined: {slot.refusal}.")
+
+    async def _greet(self, slot: _Slot) -> Worker:
+        try:
+            with trio.fail_after(_HELLO_DEADLINE_S):
+                kind, body, rest = await _read_frame(slot.stream)
+        except trio.TooSlowError as exc:
+            raise SandboxError("The worker did not say hello in time.") from exc
+        except (trio.BrokenResourceError, RemoteProtocolError, EOFError) as exc:
+            raise SandboxError("The worker ended before it said hello.") from exc
+        if kind is FrameKind.ERROR:
+            sentence = body.decode("utf-8", "replace")[:200]
+            raise SandboxError(f"The worker could not be confined: {sentence}.")
+        if kind is not FrameKind.HELLO or len(body) != KEY_BYTES:
+            raise SandboxError("The worker's first frame was no hello.")
+        return Worker(self, slot, body, rest)
+
+    async def _enforce_wall_limit(self, slot: _Slot) -> None:
+        with slot.wall_scope:
+            await slot.ended.wait()
+        if slot.exit is None:
+            log.info("worker.timed_out", worker_pid=slot.pid)
+            slot.kill("timeout")
+
+    async def finish_slot(self, slot: _Slot) -> WipeReport:
+        """Worker.finish: one wipe per worker, whoever asks."""
+        with trio.CancelScope(shield=True):
+            async with slot.wiping:
+                if slot.report is None:
+                    slot.report = await self._wipe(slot)
+                    self._close_slot(slot)
+            return slot.report
+
+    async def _wipe(self, slot: _Slot) -> WipeReport:
+        slot.kill("killed")
+        await trio.aclose_forcefully(slot.stream)
+        reaped, cgroup_gone = slot.pidfd is None, slot.group is None
+        no_swap = wipe.swap_is_off()
+        if slot.group is not None and slot.group.swap_forbidden():
+            no_swap = "yes"
+        with trio.move_on_after(_WIPE_DEADLINE_S):
+            await slot.ended.wait()
+            if slot.pidfd is not None:
+                # No event tells of a reap by another process, init's after a zygote's death.
+                while not wipe.is_gone(slot.pidfd):  # noqa: ASYNC110
+                    await trio.sleep(0.005)
+                reaped = True
+            if slot.group is not None:
+                cgroup_gone = await slot.group.remove()
+        session_empty = not slot.pid or not await trio.to_thread.run_sync(
+            wipe.session_members, slot.pid
+        )
+        no_mounts = wipe.mounts_left() == 0
+        tree_killed = reaped and session_empty
+        return WipeReport(
+            tree_killed=tree_killed,
+            reaped=reaped,
+            scratch_gone=tree_killed and no_mounts,
+            no_swap=no_swap,
+            steps=(
+                ("worker-reaped", reaped),
+                ("no-process-left", session_empty),
+                ("no-mount-on-host", no_mounts),
+                ("cgroup-removed", cgroup_gone),
+            ),
+        )
+
+    def _close_slot(self, slot: _Slot) -> None:
+        if slot.pidfd is not None:
+            os.close(slot.pidfd)
+            slot.pidfd = None
+        self._slots.pop(slot.spawn_id, None)
+        # Last in line: the kernel drops an id's thread count a moment after the process.
+        self._spare_uids.insert(0, slot.spare_uid)
+        report = slot.report
+        if report is not None and not report.complete:
+            failed = [name for name, held in report.steps if not held]
+            log.error("worker.wipe_incomplete", worker_pid=slot.pid, failed=failed)
+
+    async def _supervise(self, task_status: trio.TaskStatus[None]) -> None:
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            started = trio.current_time()
+            zygote = _Zygote(self._worker_module)
+            try:
+                await self._serve_zygote(zygote, task_status)
+            except SandboxError as exc:
+                if self._runtime is None:
+                    raise
+                log.error("zygote.start_failed", reason=str(exc))
+            finally:
+                self._zygote, self._zygote_up = None, trio.Event()
+                with trio.move_on_after(_WIPE_DEADLINE_S, shield=True):
+                    await zygote.end()
+                    await self._await_orphans()
+            if trio.current_time() - started > _SOUND_AFTER_S:
+                backoff_s = _FIRST_BACKOFF_S
+            log.warning("zygote.died", restart_in_s=backoff_s)
+            await trio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+
+    async def _serve_zygote(self, zygote: _Zygote, task_status: trio.TaskStatus[None]) -> None:
+        self._write_state(zygote)
+        await self._await_ready(zygote)
+        self._zygote = zygote
+        self._zygote_up.set()
+        task_status.started()
+        while (message := await zygote.receive()) is not None:
+            self._dispatch(*message)
+
+    async def _await_ready(self, zygote: _Zygote) -> None:
+        try:
+            with trio.fail_after(_PRELOAD_DEADLINE_S):
+                message = await zygote.receive()
+        except trio.TooSlowError as exc:
+            raise SandboxError("The worker's modules took too long to load.") from exc
+        if message is None:
+            raise SandboxError("The sandbox launcher ended before it was ready.")
+        head, _ = message
+        if "failed" in head:
+            raise SandboxError(str(head["failed"]))
+        self._layout = decode_layout(head["layout"])
+        self._runtime = head["ready"]
+        log.info("zygote.started", runtime=self._runtime, zygote_pid=zygote.process.pid)
+
+    def _dispatch(self, head: control.Head, fds: list[int]) -> None:
+        if "spawned" in head:
+            self._slots[head["spawned"]].on_spawned(head["pid"], fds[0])
+        elif "refused" in head:
+            self._slots[head["refused"]].on_refused(head["error"])
+        else:
+            self._slots[head["exited"]].on_exited(head)
+
+    async def _await_orphans(self) -> None:
+        """The kernel kills the workers of a dead zygote; make sure, and tell who waits for them."""
+        for slot in list(self._slots.values()):
+            if slot.pidfd is not None and slot.exit is None:
+                slot.kill("lost")
+                await trio.lowlevel.wait_readable(slot.pidfd)
+            slot.on_lost()
+
+    async def _end_everything(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for slot in list(self._slots.values()):
+                nursery.start_soon(self.finish_slot, slot)
+        (self._directory / "state.json").unlink(missing_ok=True)
+
+    def _write_state(self, zygote: _Zygote) -> None:
+        """For the next daemon, should this one be killed: what may have been left behind."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = {
+            "zygote_pid": zygote.process.pid,
+            "zygote_started": _start_ticks(zygote.process.pid),
+            "groups": self._name,
+        }
+        temporary = self._directory / "state.json.new"
+        temporary.write_text(json.dumps(state))
+        temporary.replace(self._directory / "state.json")
+
+    async def _remove_leftovers(self) -> None:
+        """Kill and remove what a daemon that was killed has left: its zygote and its cgroups."""
+        file = self._directory / "state.json"
+        try:
+            state: dict[str, Any] = json.loads(file.read_text())
+        except (OSError, ValueError):
+            state = {}
+        if state:
+            await _kill_if_same(int(state["zygote_pid"]), int(state["zygote_started"]))
+            groups = self._hierarchy.leftovers(state["groups"]) if self._hierarchy else ()
+            for group in groups:
+                with trio.move_on_after(_WIPE_DEADLINE_S):
+                    await group.remove()
+            log.warning("sandbox.leftovers_removed")
+        for leftover in self._directory.glob("*"):
+            leftover.unlink()
+
+
+async def _read_frame(stream: trio.SocketStream) -> tuple[FrameKind, bytes, bytes]:
+    """(kind, body, bytes behind it) of the first frame.  Raises EOFError at an early end."""
+    decoder = FrameDecoder()
+    received = b""
+    while data := await stream.receive_some():
+        received += data
+        decoder.feed(data)
+        for kind, body in decoder:
+            return kind, body, received[HEAD_BYTES + len(body) :]
+    raise EOFError
+
+
+def _start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot: with its id, its identity (proc(5))."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+async def _kill_if_same(pid: int, started: int) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        if _start_ticks(pid) == started:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            with trio.move_on_after(_WIPE_DEADLINE_S):
+                await trio.lowlevel.wait_readable(pidfd)
+    except OSError:
+        return
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,76 @@
+"""The wipe: what is verified, from outside, after a worker was killed.
+
+Each step is looked up again in the kernel's own tables; nothing is reported because it was asked
+for.  A worker writes to its own tmpfs alone, which the kernel frees with the mount namespace.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+_PROC: Final = Path("/proc")
+_MOUNT_NAMES: Final = ("nextgpu-root", "nextgpu-scratch")
+_SESSION_FIELD: Final = 3  # of /proc/pid/stat, counted behind the command's closing bracket
+
+Answer = Literal["yes", "no", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class WipeReport:
+    """What was checked after the end of one worker, and whether it held."""
+
+    tree_killed: bool
+    reaped: bool
+    scratch_gone: bool
+    no_swap: Answer
+    steps: tuple[tuple[str, bool], ...]
+
+    @property
+    def complete(self) -> bool:
+        return all(held for _, held in self.steps)
+
+
+def is_gone(pidfd: int) -> bool:
+    """True where the process behind `pidfd` has ended and was reaped.  Safe against id reuse."""
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def session_members(session: int) -> list[int]:
+    """Ids of the processes in `session`: a worker opens its own and can not leave it."""
+    found = []
+    for entry in os.scandir(_PROC):
+        if not entry.name.isdigit():
+            continue
+        try:
+            stat = Path(entry.path, "stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended between the listing and the look
+        fields = stat.rpartition(")")[2].split()
+        if int(fields[_SESSION_FIELD]) == session:
+            found.append(int(entry.name))
+    return found
+
+
+def mounts_left() -> int:
+    """How many of a worker's mounts are visible from the host: none unless one has leaked."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return sum(line.split(" - ")[1].split()[1] in _MOUNT_NAMES for line in lines)
+
+
+def swap_is_off() -> Answer:
+    """Whether this host has no swap, to which a worker's memory could be written."""
+    try:
+        devices = Path("/proc/swaps").read_text().splitlines()[1:]
+    except OSError:
+        return "unknown"
+    return "no" if devices else "yes"

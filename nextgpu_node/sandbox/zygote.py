@@ -1,0 +1,231 @@
+"""The zygote: holds torch imported and nothing secret, forks one confined worker per request.
+
+    python -I -m nextgpu_node.sandbox.zygote --worker-module M --control-fd N
+
+It has one thread (a fork copies only the calling one), an empty environment, no descriptor but
+its control socket, and never reads from a worker's socket: unit bytes do not pass through it.
+It ends when the daemon does, and its workers end with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import importlib
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final, NoReturn
+
+from nextgpu_node.sandbox import control, seccomp, syscalls
+from nextgpu_node.sandbox.confine import WORKER_FD, ConfineError, confine, namespace_flags
+from nextgpu_node.sandbox.layout import read_layout
+from nextgpu_node.sandbox.policy import Plan, decode_plan
+from nextgpu_protocol.framing import FrameKind, encode_frame
+
+# A worker that could not be confined says why in an ERROR frame and ends with this code.
+EXIT_UNCONFINED: Final = 70
+_EXIT_RAISED: Final = 1
+_M_ARENA_MAX: Final = -8
+_WORKER_ARENAS: Final = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="nextgpu_node.sandbox.zygote")
+    parser.add_argument("--worker-module", required=True)
+    parser.add_argument("--control-fd", required=True, type=int)
+    options = parser.parse_args(argv)
+    channel = socket.socket(fileno=options.control_fd)
+    channel.set_inheritable(False)
+    _harden(channel)
+    try:
+        module, runtime = _load(options.worker_module)
+    except Exception as exc:  # whatever a module's import may raise: the daemon is told
+        _tell(channel, {"failed": f"{options.worker_module} can not be loaded: {exc!r:.300}"})
+        sys.exit(1)
+    _tell(channel, {"ready": runtime, "layout": dataclasses.asdict(read_layout())})
+    Zygote(channel, module).serve()
+
+
+def _harden(channel: socket.socket) -> None:
+    """Not readable by others of the same user, gone when the daemon is gone."""
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(channel, select.POLLHUP)
+    if poll.poll(0):
+        sys.exit(0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Interrupts from a terminal are the daemon's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _WORKER_ARENAS)
+
+
+def _load(name: str) -> tuple[ModuleType, str]:
+    module = importlib.import_module(name)
+    runtime: str = module.preload()
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    if threads != 1:
+        raise RuntimeError(f"preload() left {threads} threads running; a fork needs one")
+    gc.collect()
+    gc.freeze()
+    return module, runtime
+
+
+def _tell(channel: socket.socket, head: control.Head, fds: Sequence[int] = ()) -> None:
+    channel.sendmsg([control.pack(head)], control.pack_descriptors(fds))
+
+
+@dataclass(slots=True)
+class _Child:
+    spawn_id: int
+    pid: int
+    started: float  # time.monotonic seconds
+
+
+class Zygote:
+    """Answers spawn requests and reaps.  `serve` returns when the daemon closes its end."""
+
+    def __init__(self, channel: socket.socket, module: ModuleType) -> None:
+        self._channel = channel
+        self._module = module
+        self._children: dict[int, _Child] = {}  # by pidfd
+        self._poll = select.poll()
+        self._own_pidfd = os.pidfd_open(os.getpid())
+
+    def serve(self) -> None:
+        self._poll.register(self._channel, select.POLLIN)
+        while True:
+            for fd, _ in self._poll.poll():
+                if fd != self._channel.fileno():
+                    self._reap(fd)
+                elif not self._answer():
+                    return
+
+    def _answer(self) -> bool:
+        packet, ancillary, _, _ = self._channel.recvmsg(
+            control.MAX_PACKET_BYTES, control.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+        )
+        if not packet:
+            return False
+        head, tail = control.unpack(packet)
+        fds = control.unpack_descriptors(ancillary)
+        try:
+            self._spawn(head, _decoded_plan(tail), fds)
+        except OSError as exc:
+            _tell(self._channel, {"refused": head["spawn"], "error": _why_no_fork(exc)})
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _spawn(self, head: control.Head, plan: Plan, fds: Sequence[int]) -> None:
+        socket_fd, *cgroup_fds = fds
+        into_cgroup = cgroup_fds.pop() if head["cgroup_v2"] else None
+        started = time.monotonic()
+        pid, pidfd = syscalls.fork_with_namespaces(namespace_flags(plan), into_cgroup)
+        if pid == 0:
+            self._become_worker(plan, head["spare_uid"], socket_fd, cgroup_fds)
+        self._children[pidfd] = _Child(head["spawn"], pid, started)
+        self._poll.register(pidfd, select.POLLIN)
+        _tell(self._channel, {"spawned": head["spawn"], "pid": pid}, [pidfd])
+
+    def _become_worker(
+        self, plan: Plan, spare_uid: int, socket_fd: int, cgroup_fds: Sequence[int]
+    ) -> NoReturn:
+        """In the child: confine, serve one unit, end.  Never returns into the zygote's loop."""
+        code = _EXIT_RAISED
+        try:
+            # The descriptor is closed with all others; the object must not close it again.
+            self._channel.detach()
+            code = _run_worker(
+                self._module,
+                plan,
+                spare_uid=spare_uid,
+                socket_fd=socket_fd,
+                launcher_pidfd=self._own_pidfd,
+                cgroup_fds=cgroup_fds,
+            )
+        finally:
+            os._exit(code)
+
+    def _reap(self, pidfd: int) -> None:
+        child = self._children.pop(pidfd)
+        self._poll.unregister(pidfd)
+        _, status, usage = os.wait4(child.pid, 0)
+        os.close(pidfd)
+        head: dict[str, Any] = {
+            "exited": child.spawn_id,
+            "status": status,
+            "wall_s": time.monotonic() - child.started,
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "peak_rss_bytes": usage.ru_maxrss * 1024,
+        }
+        _tell(self._channel, head)
+
+
+@lru_cache(maxsize=8)
+def _decoded_plan(data: bytes) -> Plan:
+    plan = decode_plan(data)
+    if plan.seccomp and "pid" in plan.namespaces:
+        # Assembled before the fork, so that each child finds it done.
+        seccomp.assemble(plan.seccomp, self_pid=1)
+    return plan
+
+
+def _run_worker(
+    module: ModuleType,
+    plan: Plan,
+    *,
+    spare_uid: int,
+    socket_fd: int,
+    launcher_pidfd: int,
+    cgroup_fds: Sequence[int],
+) -> int:
+    try:
+        worker_fd = confine(
+            plan,
+            spare_uid=spare_uid,
+            socket_fd=socket_fd,
+            launcher_pidfd=launcher_pidfd,
+            cgroup_fds=cgroup_fds,
+        )
+    except ConfineError as exc:
+        _report(socket_fd, exc)
+        return EXIT_UNCONFINED
+    # Every child has inherited the same generator states.
+    reseed = getattr(module, "reseed", None)
+    if reseed is not None:
+        reseed()
+    with socket.socket(fileno=worker_fd) as sock:
+        module.serve(sock, dict(plan.limits))
+    return 0
+
+
+def _report(socket_fd: int, exc: ConfineError) -> None:
+    frame = encode_frame(FrameKind.ERROR, str(exc).encode())
+    try:
+        os.write(socket_fd, frame)
+    except OSError:
+        # The step that closes all other descriptors was already done.
+        os.write(WORKER_FD, frame)
+
+
+def _why_no_fork(exc: OSError) -> str:
+    return f"namespaces: {exc.strerror or exc}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The local API from its other end: requests to this machine's nextgpud.
+
+httpx over the daemon's unix socket (`Paths.api_socket`).  Deadlines belong to the caller; the
+daemon itself gives up on a request after a minute.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Final, TypeVar
+
+import httpx
+import msgspec
+
+from nextgpu_node.api_types import (
+    CancelReply,
+    ErrorReply,
+    PeerNeed,
+    PeersReply,
+    ShareRequest,
+    SharingView,
+    StatusReply,
+    UnitsReply,
+)
+from nextgpu_node.errors import (
+    DaemonUnreachable,
+    IntegrityError,
+    JobTimeout,
+    NextGPUError,
+    NoPeerFound,
+    Refused,
+    UsageError,
+)
+
+# The name that the daemon answers to; nothing resolves it.
+_BASE_URL: Final = "http://nextgpu"
+
+_ERROR_OF_EXIT_CODE: Final[dict[int, type[NextGPUError]]] = {
+    UsageError.exit_code: UsageError,
+    DaemonUnreachable.exit_code: DaemonUnreachable,
+    NoPeerFound.exit_code: NoPeerFound,
+    Refused.exit_code: Refused,
+    JobTimeout.exit_code: JobTimeout,
+    IntegrityError.exit_code: IntegrityError,
+}
+
+_Reply = TypeVar("_Reply")
+
+
+class ApiClient:
+    """One connection pool to the daemon at `socket_path`; close it, or use `async with`.
+
+    Every method raises DaemonUnreachable where nobody answers, and the daemon's own error, as
+    the class that its exit code names, where it refuses.
+    """
+
+    def __init__(self, socket_path: Path) -> None:
+        self._http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(socket_path)),
+            base_url=_BASE_URL,
+            timeout=None,  # noqa: S113  the caller's deadline, see above
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> ApiClient:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def status(self) -> StatusReply:
+        return await self._call("GET", "/v1/status", StatusReply)
+
+    async def peers(self, need: PeerNeed) -> PeersReply:
+        """Peers that fit, best first, each asked just now; an empty list is no error."""
+        return await self._call("GET", "/v1/peers", PeersReply, query=msgspec.structs.asdict(need))
+
+    async def units(self) -> UnitsReply:
+        return await self._call("GET", "/v1/units", UnitsReply)
+
+    async def cancel_unit(self, unit_id: str) -> bool:
+        """Whether there was such a unit to cancel."""
+        if not unit_id.isalnum():
+            raise UsageError("That is not the id of a unit; `nextgpu units` lists them.")
+        reply = await self._call("POST", f"/v1/units/{unit_id}/cancel", CancelReply)
+        return reply.cancelled
+
+    async def set_sharing(self, enabled: bool) -> SharingView:
+        body = msgspec.json.encode(ShareRequest(enabled=enabled))
+        return await self._call("PUT", "/v1/sharing", SharingView, body=body)
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        kind: type[_Reply],
+        *,
+        query: dict[str, str | int] | None = None,
+        body: bytes | None = None,
+    ) -> _Reply:
+        headers = {"content-type": "application/json"} if body is not None else {}
+        try:
+            reply = await self._http.request(
+                method, path, params=query, content=body, headers=headers
+            )
+        except httpx.ConnectError as exc:
+            raise DaemonUnreachable from exc
+        except httpx.TransportError as exc:
+            raise DaemonUnreachable(
+                "The nextgpud here ended in the middle of the request. Its log says why."
+            ) from exc
+        if reply.status_code >= 400:
+            raise _error_of(reply)
+        return _decoded(reply.content, kind)
+
+
+def _error_of(reply: httpx.Response) -> NextGPUError:
+    error = _decoded(reply.content, ErrorReply)
+    return _ERROR_OF_EXIT_CODE.get(error.exit_code, NextGPUError)(error.error)
+
+
+def _decoded(data: bytes, kind: type[_Reply]) -> _Reply:
+    """A field that a newer daemon added is passed over; a field that is missing is an error."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as exc:
+        raise NextGPUError(
+            "The nextgpud here speaks another version of the API. "
+            "Restart it, so that both sides are the same version."
+        ) from exc

@@ -1,0 +1,91 @@
+"""The worker's records, put together into events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from nextgpu_node.errors import IntegrityError
+from nextgpu_node.graph.tensors import TensorImageReader
+from nextgpu_node.sdk.events import Checkpoint, Finished, Started, StepResult, UnitEvent
+from nextgpu_node.sdk.outcome import error_for, status_error
+from nextgpu_protocol.codec import decode_message_untrusted
+from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.messages import Receipt, Refusal
+from nextgpu_protocol.program import ProgramSpec, TensorSpec
+from nextgpu_protocol.records import Record, RecordKind, UnitSummary
+
+_STEPS_BYTES = 8  # a checkpoint begins with the number of steps done
+
+
+class Inbox:
+    """Takes records of the outbound stream; gives an event for each that is complete.
+
+    `max_bytes` bounds one image: what a lying worker could make this side allocate.
+    """
+
+    def __init__(self, spec: ProgramSpec, *, max_bytes: int) -> None:
+        self._spec = spec
+        self._max_bytes = max_bytes
+        self._image: TensorImageReader | None = None
+        self._prefix = bytearray()
+        self._continued: RecordKind | None = None
+        self._results = 0
+        self._failure: Refusal | None = None
+        self.summary: UnitSummary | None = None
+
+    def take_untrusted(self, record: Record) -> Iterable[UnitEvent]:
+        """The events that `record` completes: none or one."""
+        if self._continued not in (None, record.kind):
+            raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, record.kind.name)
+        self._continued = record.kind if record.more else None
+        match record.kind:
+            case RecordKind.RESULT:
+                return self._result(record)
+            case RecordKind.CHECKPOINT:
+                return self._checkpoint(record)
+            case RecordKind.STARTED:
+                return [Started()]
+            case RecordKind.DONE:
+                self.summary = decode_message_untrusted(UnitSummary, bytes(record.body))
+                return [Finished(summary=self.summary)]
+            case RecordKind.FAILED:
+                self._failure = decode_message_untrusted(Refusal, bytes(record.body))
+                return []
+            case _:
+                raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, record.kind.name)
+
+    def raise_if_failed(self, receipt: Receipt) -> None:
+        """The unit's end as an exception; nothing where it is done."""
+        if self._failure is not None:
+            raise error_for(self._failure.error_code(), self._failure.detail)
+        if receipt.status != "done":
+            raise status_error(receipt.status)
+        if self.summary is None:
+            raise IntegrityError("The peer's receipt says done, but the worker never did.")
+
+    def _result(self, record: Record) -> list[UnitEvent]:
+        reader = self._reader(self._spec.ys)
+        reader.feed(record.body)
+        if record.more:
+            return []
+        self._image = None
+        self._results += 1
+        return [StepResult(index=self._results - 1, tensors=reader.finish())]
+
+    def _checkpoint(self, record: Record) -> list[UnitEvent]:
+        missing = _STEPS_BYTES - len(self._prefix)
+        self._prefix += record.body[:missing]
+        reader = self._reader(self._spec.carry)
+        if len(record.body) > missing:
+            reader.feed(record.body[missing:])
+        if record.more:
+            return []
+        steps = int.from_bytes(self._prefix)
+        self._image = None
+        self._prefix.clear()
+        return [Checkpoint(steps=steps, carry=reader.finish())]
+
+    def _reader(self, expected: Sequence[TensorSpec]) -> TensorImageReader:
+        if self._image is None:
+            self._image = TensorImageReader(expected, max_bytes=self._max_bytes)
+        return self._image

@@ -1,0 +1,288 @@
+"""One work unit, from its assignment to its last sealed word.
+
+    MANIFEST  PROGRAM  CONSTANTS  [CARRY]  STEP STEP STEP …  END
+                                    each STEP  ──►  RESULT      (and CHECKPOINT now and then)
+                                    END, or the program's stop  ──►  DONE
+
+Inputs may keep coming while results go out: one open unit serves many small calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from nextgpu_node.graph.machine import Machine
+from nextgpu_node.graph.tensors import TensorImageReader, encode_tensors
+from nextgpu_node.worker.channel import Channel
+from nextgpu_node.worker.outbox import Outbox
+from nextgpu_protocol.codec import decode_message_untrusted
+from nextgpu_protocol.envelope import Signed, open_envelope_untrusted
+from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.framing import FrameKind
+from nextgpu_protocol.limits import MAX_MANIFEST_BYTES
+from nextgpu_protocol.local import Assignment
+from nextgpu_protocol.messages import Offer, UnitHeader
+from nextgpu_protocol.program import ProgramSpec, TensorSpec, decode_program_untrusted
+from nextgpu_protocol.program_limits import MAX_PROGRAM_BYTES
+from nextgpu_protocol.records import (
+    Record,
+    RecordKind,
+    UnitManifest,
+    UnitSummary,
+    read_records_untrusted,
+)
+from nextgpu_protocol.sealing import KeyPair, Opener, StreamKeys, transcript_hash
+
+
+class WorkerExitCode(IntEnum):
+    """All that the daemon is told of a unit's end."""
+
+    DONE = 0
+    FAILED = 10
+    OUT_OF_MEMORY = 11
+    PROTOCOL_ERROR = 12
+    OVER_LIMIT = 13
+    ABANDONED = 14
+
+
+_EXIT_CODES = {
+    ErrorCode.OUT_OF_MEMORY: WorkerExitCode.OUT_OF_MEMORY,
+    ErrorCode.OVER_LIMIT: WorkerExitCode.OVER_LIMIT,
+    ErrorCode.STEP_FAILED: WorkerExitCode.FAILED,
+    ErrorCode.BAD_PROGRAM: WorkerExitCode.FAILED,
+    ErrorCode.UNKNOWN_OPERATOR: WorkerExitCode.FAILED,
+    ErrorCode.BAD_TENSORS: WorkerExitCode.FAILED,
+    ErrorCode.INTERNAL: WorkerExitCode.FAILED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLimits:
+    """What this worker may use.  `live_bytes` bounds tensors alive at one moment."""
+
+    device: str
+    threads: int
+    live_bytes: int
+
+    @classmethod
+    def from_mapping(cls, limits: Mapping[str, int | str]) -> UnitLimits:
+        return cls(
+            device=str(limits["device"]),
+            threads=int(limits["max_threads"]),
+            live_bytes=int(limits["memory_bytes"]),
+        )
+
+
+class Unit:
+    """Reads the sealed input, drives the machine, seals what comes out."""
+
+    def __init__(self, channel: Channel, key_pair: KeyPair, limits: UnitLimits) -> None:
+        self._channel = channel
+        self._key_pair = key_pair
+        self._limits = limits
+
+    def run(self) -> int:
+        """The exit code for the daemon.  Raises ChannelClosed when nobody listens any more."""
+        keys = self._take_assignment()
+        outbox = Outbox(self._channel, keys.outbound)
+        scan = Scan(outbox, self._limits)
+        try:
+            self._read_input(Opener(keys.inbound), scan)
+            outbox.finish(scan.finish())
+        except RemoteProtocolError as exc:
+            outbox.fail(exc)
+            return _EXIT_CODES.get(exc.code, WorkerExitCode.PROTOCOL_ERROR)
+        except MemoryError:
+            outbox.fail(RemoteProtocolError(ErrorCode.OUT_OF_MEMORY))
+            return WorkerExitCode.OUT_OF_MEMORY
+        return WorkerExitCode.DONE
+
+    def _take_assignment(self) -> StreamKeys:
+        body = self._channel.expect_untrusted(FrameKind.ASSIGN)
+        assignment = decode_message_untrusted(Assignment, body)
+        offer = open_envelope_untrusted(Offer, assignment.offer)
+        header = open_envelope_untrusted(UnitHeader, assignment.header)
+        self._check_binding(offer, header)
+        transcript = transcript_hash(offer.data, header.data)
+        return self._key_pair.worker_keys_untrusted(header.message.ephemeral_key, transcript)
+
+    def _check_binding(self, offer: Signed[Offer], header: Signed[UnitHeader]) -> None:
+        if offer.message.one_time_key != self._key_pair.public:
+            raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "another worker's key")
+        if header.message.offer_hash != offer.hash:
+            raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "offer_hash")
+
+    def _read_input(self, opener: Opener, scan: Scan) -> None:
+        while not scan.stopped:
+            kind, body = self._channel.receive_untrusted()
+            if kind is FrameKind.END:
+                opener.check_end_untrusted()
+                return
+            if kind is not FrameKind.DATA:
+                raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, kind.name)
+            for record in read_records_untrusted(opener.open_untrusted(body)):
+                scan.take_untrusted(record)
+                if scan.stopped:
+                    return
+            scan.flush_results(idle=not self._channel.has_ready)
+
+
+class Scan:
+    """carry, y_k = step(constants, carry, x_k), record by record."""
+
+    def __init__(self, outbox: Outbox, limits: UnitLimits) -> None:
+        self._outbox = outbox
+        self._limits = limits
+        self._body = bytearray()
+        self._image: TensorImageReader | None = None
+        self._continued: RecordKind | None = None
+        self._manifest: UnitManifest | None = None
+        self._spec: ProgramSpec | None = None
+        self._machine: Machine | None = None
+        self._awaited = RecordKind.MANIFEST
+        self._steps = 0
+        self._unflushed = False
+        self._run_s = 0.0
+        self._began_s = time.monotonic()
+        self._loaded_s = self._began_s
+        self._checkpoint_s = self._began_s
+        self.stopped = False
+
+    def take_untrusted(self, record: Record) -> None:
+        """One record, or one fragment of it."""
+        if self._continued not in (None, record.kind) or record.kind is not self._awaited:
+            raise RemoteProtocolError(
+                ErrorCode.UNEXPECTED_MESSAGE, f"{record.kind.name}, not {self._awaited.name}"
+            )
+        self._continued = record.kind if record.more else None
+        match record.kind:
+            case RecordKind.MANIFEST:
+                self._collect(record, MAX_MANIFEST_BYTES)
+            case RecordKind.PROGRAM:
+                self._collect(record, MAX_PROGRAM_BYTES)
+            case _:
+                self._reader().feed(record.body)
+        if not record.more:
+            self._complete(record.kind)
+
+    def flush_results(self, *, idle: bool) -> None:
+        """Send results that wait for company: when nothing else is here, or after a while."""
+        if self._unflushed and (idle or self._outbox.flush_is_due):
+            self._outbox.flush()
+            self._unflushed = False
+
+    def finish(self) -> UnitSummary:
+        """The input is complete: what was done in all."""
+        if self._continued is not None or self._awaited is not RecordKind.STEP:
+            raise RemoteProtocolError(ErrorCode.TRUNCATED, f"{self._awaited.name} is missing")
+        assert self._manifest is not None
+        if self._manifest.return_carry:
+            self._send_checkpoint()
+        return UnitSummary(
+            steps=self._steps,
+            load_ms=round((self._loaded_s - self._began_s) * 1000),
+            run_ms=round(self._run_s * 1000),
+            stopped_early=self.stopped,
+        )
+
+    def _collect(self, record: Record, limit: int) -> None:
+        if len(self._body) + len(record.body) > limit:
+            raise RemoteProtocolError(ErrorCode.TOO_LARGE, record.kind.name)
+        self._body += record.body
+
+    def _reader(self) -> TensorImageReader:
+        if self._image is None:
+            self._image = TensorImageReader(self._expected(), max_bytes=self._limits.live_bytes)
+        return self._image
+
+    def _expected(self) -> tuple[TensorSpec, ...]:
+        assert self._spec is not None
+        match self._awaited:
+            case RecordKind.CONSTANTS:
+                return self._spec.constants
+            case RecordKind.CARRY:
+                return self._spec.carry
+            case _:
+                return self._spec.xs
+
+    def _complete(self, kind: RecordKind) -> None:
+        match kind:
+            case RecordKind.MANIFEST:
+                self._manifest = decode_message_untrusted(UnitManifest, self._take_body())
+                self._awaited = RecordKind.PROGRAM
+            case RecordKind.PROGRAM:
+                self._load_program()
+                self._awaited = RecordKind.CONSTANTS
+            case RecordKind.CONSTANTS:
+                self._load_constants()
+            case RecordKind.CARRY:
+                self._the_machine.load_carry(self._take_tensors())
+                self._start()
+            case _:
+                self._step()
+
+    def _load_program(self) -> None:
+        self._spec = decode_program_untrusted(self._take_body())
+        self._machine = Machine(
+            self._spec, device=self._limits.device, max_live_bytes=self._limits.live_bytes
+        )
+
+    def _load_constants(self) -> None:
+        assert self._spec is not None
+        self._the_machine.load_constants(self._take_tensors())
+        if self._spec.carry:
+            self._awaited = RecordKind.CARRY
+        else:
+            self._start()
+
+    def _start(self) -> None:
+        self._awaited = RecordKind.STEP
+        self._loaded_s = self._checkpoint_s = time.monotonic()
+        self._outbox.write(RecordKind.STARTED)
+        self._outbox.flush()
+
+    def _step(self) -> None:
+        began_s = time.monotonic()
+        outcome = self._the_machine.step(self._take_tensors())
+        # The copy to host memory below waits for the device, so it belongs to the step.
+        self._outbox.write(RecordKind.RESULT, encode_tensors(outcome.ys))
+        self._run_s += time.monotonic() - began_s
+        self._steps += 1
+        self._unflushed = True
+        self.stopped = outcome.stop
+        self._checkpoint_if_due()
+        self.flush_results(idle=False)
+
+    def _checkpoint_if_due(self) -> None:
+        assert self._manifest is not None
+        interval_ms = self._manifest.checkpoint_ms
+        if interval_ms and (time.monotonic() - self._checkpoint_s) * 1000 >= interval_ms:
+            self._send_checkpoint()
+
+    def _send_checkpoint(self) -> None:
+        steps = self._steps.to_bytes(8)
+        self._outbox.write(
+            RecordKind.CHECKPOINT, [steps, *encode_tensors(self._the_machine.carry())]
+        )
+        self._outbox.flush()
+        self._checkpoint_s = time.monotonic()
+
+    @property
+    def _the_machine(self) -> Machine:
+        assert self._machine is not None
+        return self._machine
+
+    def _take_body(self) -> bytes:
+        body = bytes(self._body)
+        self._body.clear()
+        return body
+
+    def _take_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = self._reader().finish()
+        self._image = None
+        return tensors

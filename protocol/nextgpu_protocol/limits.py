@@ -1,0 +1,42 @@
+"""Every bound of the wire protocol, in one place.  Spec: limits.md
+
+Sizes in bytes, times in milliseconds unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+# One sealed chunk carries at most this much plaintext.  secretstream reaches its full speed from
+# 64 KiB on, and a daemon that relays holds a handful of chunks per unit: 256 KiB serves both.
+CHUNK_PLAINTEXT_BYTES: Final = 256 * KIB
+CHUNK_OVERHEAD_BYTES: Final = 17  # crypto_secretstream_xchacha20poly1305_ABYTES
+
+# One message.  A real offer has about 400 bytes, one with every text and list far beyond use 5 KB.
+MAX_MESSAGE_BYTES: Final = 8 * KIB
+MAX_FRAME_BYTES: Final = CHUNK_PLAINTEXT_BYTES + 4 * KIB
+
+MAX_TEXT_BYTES: Final = 256  # any text field of a message
+MAX_LIST_ITEMS: Final = 64  # any list field of a message
+
+# Clocks of volunteers' machines drift; five minutes is what Kerberos (RFC 4120) allows too.
+MAX_CLOCK_SKEW_MS: Final = 5 * 60 * 1000
+MAX_REQUEST_LIFETIME_MS: Final = 10 * 60 * 1000
+MAX_OFFER_LIFETIME_MS: Final = 60 * 1000
+MAX_CAPACITY_LIFETIME_MS: Final = 5 * 60 * 1000
+
+# Sealed streams are padded to Padmé sizes with this floor, so that small prompts look alike.
+PADDING_FLOOR_BYTES: Final = 4 * KIB
+
+MAX_RECORD_FRAGMENT_BYTES: Final = CHUNK_PLAINTEXT_BYTES
+MAX_MANIFEST_BYTES: Final = 4 * KIB
+
+# A unit's clear-text limits; an owner's own limits are usually far below.
+MAX_STREAM_BYTES: Final = 64 * GIB
+MAX_UNIT_SECONDS: Final = 24 * 3600
+MAX_MEMORY_BYTES: Final = 1024 * GIB
+MAX_STEPS: Final = 1_000_000_000

@@ -1,0 +1,264 @@
+"""The typed messages.  Spec: 40-messages.md
+
+Times are milliseconds since the Unix epoch, sizes are bytes, keys are raw 32-byte values.
+A field that may be absent is an empty value, never a missing one.  `validate` checks what a type
+alone can not say; it raises RemoteProtocolError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.ids import KEY_BYTES, UNIT_ID_BYTES
+from nextgpu_protocol.limits import (
+    CHUNK_PLAINTEXT_BYTES,
+    MAX_CAPACITY_LIFETIME_MS,
+    MAX_CLOCK_SKEW_MS,
+    MAX_MEMORY_BYTES,
+    MAX_OFFER_LIFETIME_MS,
+    MAX_REQUEST_LIFETIME_MS,
+    MAX_STREAM_BYTES,
+    MAX_UNIT_SECONDS,
+)
+
+SUITE: Final = 1  # X25519, XChaCha20-Poly1305 secretstream, BLAKE2b, Ed25519
+DEVICE_KINDS: Final = ("any", "cpu", "cuda")
+HASH_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRequest:
+    """What a submitter asks of one provider.  Signed by the submitter."""
+
+    suite: int
+    nonce: bytes  # 16 bytes, fresh: makes each request unique
+    provider_key: bytes  # the request is worth nothing at another peer
+    device_kind: str  # "any", "cpu", "cuda"
+    device_memory_bytes: int  # the device must have at least this much in total
+    memory_bytes: int  # the worker's memory limit asked for
+    max_seconds: int  # wall time asked for
+    input_bytes: int  # upper bound of the sealed input stream
+    output_bytes: int  # upper bound of the sealed output stream
+    table_version: int  # oldest operator table that can run the program
+    issued_at_ms: int
+    expires_at_ms: int
+    token: bytes  # capability token, empty for none
+
+    def validate(self) -> None:
+        _exact("UnitRequest.nonce", self.nonce, 16)
+        _exact("UnitRequest.provider_key", self.provider_key, KEY_BYTES)
+        _one_of("UnitRequest.device_kind", self.device_kind, DEVICE_KINDS)
+        _at_most("UnitRequest.device_memory_bytes", self.device_memory_bytes, MAX_MEMORY_BYTES)
+        _within("UnitRequest.memory_bytes", self.memory_bytes, 1, MAX_MEMORY_BYTES)
+        _within("UnitRequest.max_seconds", self.max_seconds, 1, MAX_UNIT_SECONDS)
+        _at_most("UnitRequest.input_bytes", self.input_bytes, MAX_STREAM_BYTES)
+        _at_most("UnitRequest.output_bytes", self.output_bytes, MAX_STREAM_BYTES)
+        _lifetime(self.issued_at_ms, self.expires_at_ms, MAX_REQUEST_LIFETIME_MS)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """A device as its owner lends it.  `compute_capability` is empty where there is none."""
+
+    kind: str
+    name: str
+    memory_total_bytes: int
+    memory_free_bytes: int
+    compute_capability: str
+
+    def validate(self) -> None:
+        _one_of("DeviceInfo.kind", self.kind, DEVICE_KINDS[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A provider's answer: these limits, this one-time key.  Signed by the provider."""
+
+    suite: int
+    offer_id: bytes  # 16 bytes
+    one_time_key: bytes  # X25519 public key, born inside the worker
+    request_hash: bytes  # hash of the request envelope it answers
+    submitter_key: bytes
+    device: DeviceInfo
+    memory_bytes: int
+    max_seconds: int
+    input_bytes: int
+    output_bytes: int
+    runtime: str  # "torch 2.13.0"
+    table_version: int
+    isolation: tuple[str, ...]  # layers in force around the worker
+    price: int  # reserved, 0
+    issued_at_ms: int
+    expires_at_ms: int
+
+    def validate(self) -> None:
+        _exact("Offer.offer_id", self.offer_id, 16)
+        _exact("Offer.one_time_key", self.one_time_key, KEY_BYTES)
+        _exact("Offer.request_hash", self.request_hash, HASH_BYTES)
+        _exact("Offer.submitter_key", self.submitter_key, KEY_BYTES)
+        _lifetime(self.issued_at_ms, self.expires_at_ms, MAX_OFFER_LIFETIME_MS)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitHeader:
+    """Takes up an offer and opens the sealed stream.  Signed by the submitter."""
+
+    suite: int
+    unit_id: bytes
+    offer_hash: bytes
+    ephemeral_key: bytes  # X25519 public key, fresh for this unit
+    chunk_bytes: int  # largest plaintext of one chunk
+    issued_at_ms: int
+    expires_at_ms: int
+
+    def validate(self) -> None:
+        _exact("UnitHeader.unit_id", self.unit_id, UNIT_ID_BYTES)
+        _exact("UnitHeader.offer_hash", self.offer_hash, HASH_BYTES)
+        _exact("UnitHeader.ephemeral_key", self.ephemeral_key, KEY_BYTES)
+        _within("UnitHeader.chunk_bytes", self.chunk_bytes, 4096, CHUNK_PLAINTEXT_BYTES)
+        _lifetime(self.issued_at_ms, self.expires_at_ms, MAX_REQUEST_LIFETIME_MS)
+
+
+UNIT_STATUSES: Final = (
+    "done",
+    "failed",
+    "cancelled",
+    "timed_out",
+    "out_of_memory",
+    "worker_crashed",
+    "submitter_lost",
+    "protocol_error",
+    "over_limit",
+    "owner_stopped",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Metering:
+    """What the unit used on the provider."""
+
+    wall_ms: int
+    cpu_ms: int
+    peak_memory_bytes: int
+    input_bytes: int
+    output_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WipeStep:
+    """One verified step of the wipe: what was checked and whether it held."""
+
+    name: str
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Signed evidence, by the provider, of what it did with one unit.  Not proof of deletion."""
+
+    unit_id: bytes
+    transcript_hash: bytes  # binds the offer and the header
+    input_hash: bytes  # of the ciphertext that the provider received
+    output_hash: bytes  # of the ciphertext that the provider sent
+    status: str
+    metering: Metering
+    isolation: tuple[str, ...]
+    wipe: tuple[WipeStep, ...]
+    finished_at_ms: int
+
+    def validate(self) -> None:
+        _exact("Receipt.unit_id", self.unit_id, UNIT_ID_BYTES)
+        _exact("Receipt.transcript_hash", self.transcript_hash, HASH_BYTES)
+        _exact("Receipt.input_hash", self.input_hash, HASH_BYTES)
+        _exact("Receipt.output_hash", self.output_hash, HASH_BYTES)
+        _one_of("Receipt.status", self.status, UNIT_STATUSES)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptAck:
+    """The submitter has the receipt.  Signed by the submitter."""
+
+    unit_id: bytes
+    receipt_hash: bytes
+
+    def validate(self) -> None:
+        _exact("ReceiptAck.unit_id", self.unit_id, UNIT_ID_BYTES)
+        _exact("ReceiptAck.receipt_hash", self.receipt_hash, HASH_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a provider lends at this moment.  Signed by the provider, fetched from it directly."""
+
+    suites: tuple[int, ...]
+    devices: tuple[DeviceInfo, ...]
+    free_slots: int
+    memory_bytes: int  # largest worker memory limit
+    max_seconds: int
+    input_bytes: int
+    output_bytes: int
+    runtime: str
+    table_version: int
+    isolation: tuple[str, ...]
+    sharing: bool
+    reason: str  # why it is not sharing, in one line; empty when it is
+    issued_at_ms: int
+    expires_at_ms: int
+
+    def validate(self) -> None:
+        _lifetime(self.issued_at_ms, self.expires_at_ms, MAX_CAPACITY_LIFETIME_MS)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request was refused, or a stream ended.  Unsigned: it changes no state elsewhere."""
+
+    code: int
+    detail: str
+
+    def error_code(self) -> ErrorCode:
+        """The code as this side knows it; a code from a newer peer becomes INTERNAL."""
+        try:
+            return ErrorCode(self.code)
+        except ValueError:
+            return ErrorCode.INTERNAL
+
+
+def check_window_untrusted(issued_at_ms: int, expires_at_ms: int, *, now_ms: int) -> None:
+    """Refuse what has expired or is dated in the future, clocks being MAX_CLOCK_SKEW_MS apart."""
+    if now_ms > expires_at_ms + MAX_CLOCK_SKEW_MS:
+        raise RemoteProtocolError(ErrorCode.EXPIRED)
+    if issued_at_ms > now_ms + MAX_CLOCK_SKEW_MS:
+        raise RemoteProtocolError(ErrorCode.NOT_YET_VALID)
+
+
+def check_suite_untrusted(suite: int) -> None:
+    """Refuse every suite but the one that this version speaks."""
+    if suite != SUITE:
+        raise RemoteProtocolError(ErrorCode.UNKNOWN_SUITE, f"suite {suite}")
+
+
+def _exact(name: str, value: bytes, size: int) -> None:
+    if len(value) != size:
+        raise RemoteProtocolError(ErrorCode.MALFORMED, f"{name} has {size} bytes")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RemoteProtocolError(ErrorCode.MALFORMED, f"{name} is none of its values")
+
+
+def _within(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise RemoteProtocolError(ErrorCode.OVER_LIMIT, f"{name} is not from {low} to {high}")
+
+
+def _at_most(name: str, value: int, high: int) -> None:
+    _within(name, value, 0, high)
+
+
+def _lifetime(issued_at_ms: int, expires_at_ms: int, longest_ms: int) -> None:
+    if not 0 < expires_at_ms - issued_at_ms <= longest_ms:
+        raise RemoteProtocolError(ErrorCode.MALFORMED, "the lifetime is not in its bounds")

@@ -1,0 +1,1172 @@
+#!/usr/bin/env python3
+"""Write protocol/vectors/*.json and the tables of the spec that come from code.
+
+    scripts/make_vectors.py            write what has changed
+    scripts/make_vectors.py --check    write nothing; exit 1 where a file would change
+
+Everything is built from fixed seeds, so the output never changes by itself.  The bytes are made
+here from the spec alone: msgpack directly, Ed25519 and X25519 of OpenSSL (which comes with
+libp2p), so that a mistake of `nextgpu_protocol` does not repeat itself in what it is tested with.
+Each scenario that must fail has exactly one fault.  Format: protocol/vectors/README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from nacl import bindings as sodium
+
+from nextgpu_protocol.errors import SENTENCES, ErrorCode
+from nextgpu_protocol.session import TRANSITIONS, SessionState
+
+PROTOCOL = Path(__file__).resolve().parent.parent / "protocol"
+VECTORS = PROTOCOL / "vectors"
+SPEC = PROTOCOL / "spec"
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One scenario: feed `input`, compare what happens with `expect` and `decoded`."""
+
+    name: str
+    comment: str
+    kind: str
+    input: bytes
+    expect: str = "ok"
+    params: Fields = field(default_factory=dict)
+    decoded: Any = None
+
+    def to_json(self) -> str:
+        plain = {
+            "name": self.name,
+            "comment": self.comment,
+            "kind": self.kind,
+            "params": jsonable(self.params),
+            "input": self.input.hex(),
+            "expect": self.expect,
+            "decoded": jsonable(self.decoded),
+        }
+        return json.dumps(plain, indent=1, ensure_ascii=True) + "\n"
+
+
+Scenario = Callable[[], Iterable[Vector]]
+SCENARIOS: list[Scenario] = []
+
+
+def scenario(function: Scenario) -> Scenario:
+    """Register a function that gives one or a few vectors."""
+    SCENARIOS.append(function)
+    return function
+
+
+def jsonable(value: Any) -> Any:
+    """Bytes become hex; everything else stays."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return value
+
+
+# ------------------------------------------------------------------ primitives, from the spec
+
+
+def seed(label: str) -> bytes:
+    return hashlib.blake2b(b"NextGPU vector " + label.encode(), digest_size=32).digest()
+
+
+def domain(label: str) -> bytes:
+    return b"NextGPU/1 " + label.encode() + b"\0"
+
+
+def hash_of(label: str, *parts: bytes) -> bytes:
+    sized = b"".join(struct.pack(">Q", len(part)) + part for part in parts)
+    return hashlib.blake2b(domain(label) + sized, digest_size=32).digest()
+
+
+def pack(value: Any) -> bytes:
+    data: bytes = msgpack.packb(value, use_bin_type=True)
+    return data
+
+
+def plain(value: Any) -> Any:
+    """Fields by name -> the array on the wire."""
+    if isinstance(value, dict):
+        return [plain(item) for item in value.values()]
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value
+
+
+class Identity:
+    """An Ed25519 key from a label."""
+
+    def __init__(self, label: str) -> None:
+        self._key = Ed25519PrivateKey.from_private_bytes(seed(label))
+        self.public = self._key.public_key().public_bytes_raw()
+
+    def sign(self, data: bytes) -> bytes:
+        return self._key.sign(data)
+
+    def envelope(self, name: str, payload: bytes) -> bytes:
+        return pack([name, payload, self.public, self.sign(domain(name) + payload)])
+
+
+class Exchange:
+    """An X25519 pair as crypto_kx_seed_keypair makes it: secret = BLAKE2b-256(seed)."""
+
+    def __init__(self, label: str) -> None:
+        self.seed = seed(label)
+        self.secret = hashlib.blake2b(self.seed, digest_size=32).digest()
+        self._key = X25519PrivateKey.from_private_bytes(self.secret)
+        self.public = self._key.public_key().public_bytes_raw()
+
+    def shared(self, peer: bytes) -> bytes:
+        return self._key.exchange(X25519PublicKey.from_public_bytes(peer))
+
+
+SUBMITTER = Identity("submitter")
+PROVIDER = Identity("provider")
+STRANGER = Identity("stranger")
+EPHEMERAL = Exchange("ephemeral")
+ONE_TIME = Exchange("one-time")
+
+# ------------------------------------------------------------------ one exchange, field by field
+
+NOW_MS = 1_800_000_000_000
+GIB = 1024**3
+DEVICE: Fields = {
+    "kind": "cuda",
+    "name": "NVIDIA L4",
+    "memory_total_bytes": 24 * GIB,
+    "memory_free_bytes": 23 * GIB,
+    "compute_capability": "8.9",
+}
+REQUEST: Fields = {
+    "suite": 1,
+    "nonce": seed("nonce")[:16],
+    "provider_key": PROVIDER.public,
+    "device_kind": "cuda",
+    "device_memory_bytes": 16 * GIB,
+    "memory_bytes": 2 * GIB,
+    "max_seconds": 600,
+    "input_bytes": GIB,
+    "output_bytes": GIB // 4,
+    "table_version": 1,
+    "issued_at_ms": NOW_MS,
+    "expires_at_ms": NOW_MS + 60_000,
+    "token": b"",
+}
+REQUEST_ENVELOPE = SUBMITTER.envelope("request", pack(plain(REQUEST)))
+OFFER: Fields = {
+    "suite": 1,
+    "offer_id": seed("offer id")[:16],
+    "one_time_key": ONE_TIME.public,
+    "request_hash": hash_of("envelope", REQUEST_ENVELOPE),
+    "submitter_key": SUBMITTER.public,
+    "device": DEVICE,
+    "memory_bytes": 2 * GIB,
+    "max_seconds": 600,
+    "input_bytes": GIB,
+    "output_bytes": GIB // 4,
+    "runtime": "torch 2.13.0",
+    "table_version": 1,
+    "isolation": ["namespaces", "landlock", "seccomp"],
+    "price": 0,
+    "issued_at_ms": NOW_MS + 40,
+    "expires_at_ms": NOW_MS + 60_040,
+}
+OFFER_ENVELOPE = PROVIDER.envelope("offer", pack(plain(OFFER)))
+HEADER: Fields = {
+    "suite": 1,
+    "unit_id": seed("unit id")[:16],
+    "offer_hash": hash_of("envelope", OFFER_ENVELOPE),
+    "ephemeral_key": EPHEMERAL.public,
+    "chunk_bytes": 262_144,
+    "issued_at_ms": NOW_MS + 80,
+    "expires_at_ms": NOW_MS + 60_080,
+}
+HEADER_ENVELOPE = SUBMITTER.envelope("header", pack(plain(HEADER)))
+TRANSCRIPT = hash_of("th", OFFER_ENVELOPE, HEADER_ENVELOPE)
+RECEIPT: Fields = {
+    "unit_id": HEADER["unit_id"],
+    "transcript_hash": TRANSCRIPT,
+    "input_hash": hash_of("ciphertext", b"first frame", b"second frame"),
+    "output_hash": hash_of("ciphertext"),
+    "status": "done",
+    "metering": {
+        "wall_ms": 1200,
+        "cpu_ms": 900,
+        "peak_memory_bytes": 300_000_000,
+        "input_bytes": 23,
+        "output_bytes": 0,
+    },
+    "isolation": ["namespaces", "landlock", "seccomp"],
+    "wipe": [{"name": "processes gone", "held": True}, {"name": "scratch gone", "held": True}],
+    "finished_at_ms": NOW_MS + 2000,
+}
+RECEIPT_ENVELOPE = PROVIDER.envelope("receipt", pack(plain(RECEIPT)))
+ACK: Fields = {
+    "unit_id": HEADER["unit_id"],
+    "receipt_hash": hash_of("envelope", RECEIPT_ENVELOPE),
+}
+CAPACITY: Fields = {
+    "suites": [1],
+    "devices": [DEVICE],
+    "free_slots": 1,
+    "memory_bytes": 8 * GIB,
+    "max_seconds": 3600,
+    "input_bytes": 4 * GIB,
+    "output_bytes": GIB,
+    "runtime": "torch 2.13.0",
+    "table_version": 1,
+    "isolation": ["namespaces", "landlock", "seccomp"],
+    "sharing": True,
+    "reason": "",
+    "issued_at_ms": NOW_MS,
+    "expires_at_ms": NOW_MS + 300_000,
+}
+REFUSAL: Fields = {"code": 22, "detail": "one slot, in use"}
+MANIFEST: Fields = {"checkpoint_ms": 5000, "return_carry": True}
+SUMMARY: Fields = {"steps": 3, "load_ms": 120, "run_ms": 45, "stopped_early": False}
+
+SIGNED: dict[str, tuple[Identity, Fields]] = {
+    "request": (SUBMITTER, REQUEST),
+    "offer": (PROVIDER, OFFER),
+    "header": (SUBMITTER, HEADER),
+    "receipt": (PROVIDER, RECEIPT),
+    "ack": (SUBMITTER, ACK),
+    "capacity": (PROVIDER, CAPACITY),
+}
+MESSAGES: dict[str, Fields] = {name: fields for name, (_, fields) in SIGNED.items()} | {
+    "refusal": REFUSAL,
+    "manifest": MANIFEST,
+    "summary": SUMMARY,
+}
+
+# ------------------------------------------------------------------ messages
+
+
+def message(name: str, comment: str, type_: str, data: bytes, expect: str = "ok") -> Vector:
+    decoded = MESSAGES[type_] if expect == "ok" else None
+    return Vector(f"message-{name}", comment, "message", data, expect, {"type": type_}, decoded)
+
+
+def changed(type_: str, **changes: Any) -> bytes:
+    return pack(plain(MESSAGES[type_] | changes))
+
+
+@scenario
+def every_message() -> Iterator[Vector]:
+    for type_, fields in MESSAGES.items():
+        yield message(type_, f"A {type_} with every field.", type_, pack(plain(fields)))
+
+
+@scenario
+def shapes_that_are_no_message() -> Iterator[Vector]:
+    good = pack(plain(REFUSAL))
+    cases = {
+        "empty": (b"", "No bytes at all."),
+        "map": (pack(REFUSAL), "A map with the right names: messages are arrays."),
+        "map-duplicate-key": (b"\x82\xa4code\x16\xa4code\x17", "A map that repeats a key."),
+        "integer": (b"\x16", "An integer where the array should be."),
+        "cut-short": (good[:-1], "The last byte is missing."),
+        "trailing-byte": (good + b"\xc0", "One more value after the message."),
+        "extra-field": (pack([*REFUSAL.values(), 0]), "One field too many."),
+        "missing-field": (pack([22]), "One field too few."),
+        "no-fields": (b"\x90", "An empty array."),
+        "reserved-byte": (b"\x92\x16\xc1", "C1 is never used in msgpack."),
+        "nested-bomb": (b"\x91" * 8000, "Eight thousand arrays in each other."),
+        "huge-array": (b"\xdd\xff\xff\xff\xff", "An array that claims 2^32-1 items."),
+        "huge-text": (b"\x92\x16\xdb\xff\xff\xff\xff", "A text that claims 2^32-1 bytes."),
+        "huge-bytes": (b"\x92\x16\xc6\xff\xff\xff\xff", "Bytes that claim 2^32-1 bytes."),
+        "huge-map": (b"\x92\x16\xdf\xff\xff\xff\xff", "A map that claims 2^32-1 pairs."),
+    }
+    for name, (data, comment) in cases.items():
+        yield message(name, comment, "refusal", data, "MALFORMED")
+
+
+@scenario
+def too_long_a_message() -> Iterator[Vector]:
+    data = changed("request", token=bytes(8100))
+    yield message(
+        "over-8-kib", "One message of more than 8192 bytes.", "request", data, "TOO_LARGE"
+    )
+
+
+@scenario
+def wrong_values_for_an_integer() -> Iterator[Vector]:
+    cases = {
+        "nil": b"\xc0",
+        "true": b"\xc3",
+        "negative": b"\xff",
+        "two-to-the-63": b"\xcf\x80" + bytes(7),
+        "float-one": struct.pack(">Bd", 0xCB, 1.0),
+        "float32-one": struct.pack(">Bf", 0xCA, 1.0),
+        "nan": struct.pack(">Bd", 0xCB, float("nan")),
+        "text": b"\xa11",
+        "bytes": b"\xc4\x011",
+        "array": b"\x91\x01",
+        "map": b"\x80",
+        "ext": b"\xd4\x05\x01",
+        "ext-empty": b"\xc7\x00\x05",
+        "timestamp": b"\xd6\xff" + bytes(4),
+    }
+    for name, value in cases.items():
+        data = b"\x92" + value + pack(REFUSAL["detail"])
+        yield message(f"integer-{name}", f"code is {name}.", "refusal", data, "MALFORMED")
+
+
+@scenario
+def wrong_values_for_a_boolean() -> Iterator[Vector]:
+    for name, value in {"one": b"\x01", "zero": b"\x00", "nil": b"\xc0"}.items():
+        data = b"\x92" + pack(5000) + value
+        yield message(f"boolean-{name}", f"return_carry is {name}.", "manifest", data, "MALFORMED")
+
+
+@scenario
+def wrong_values_for_a_text() -> Iterator[Vector]:
+    cases = {
+        "as-bytes": (b"\xc4\x04busy", "bin where str belongs."),
+        "bad-utf8": (b"\xa2\xc3\x28", "A continuation byte is missing."),
+        "overlong-utf8": (b"\xa2\xc0\xaf", "A slash in two bytes."),
+        "surrogate-utf8": (b"\xa3\xed\xa0\x80", "A lone surrogate, U+D800."),
+        "too-long": (pack("x" * 257), "257 bytes; 256 are allowed."),
+        "too-long-in-bytes": (pack("é" * 129), "129 letters, but 258 bytes."),
+        "line-feed": (pack("a\nb"), "A control character."),
+        "escape": (pack("\x1b[31m"), "A terminal escape."),
+        "bidi-override": (pack("a\u202eb"), "U+202E turns what follows around."),
+        "zero-width": (pack("a\u200bb"), "U+200B is not seen."),
+        "no-break-space": (pack("a\u00a0b"), "A space that is not U+0020."),
+    }
+    for name, (value, comment) in cases.items():
+        yield message(f"text-{name}", comment, "refusal", b"\x92\x16" + value, "MALFORMED")
+
+
+@scenario
+def wrong_values_for_bytes_and_lists() -> Iterator[Vector]:
+    ack = b"\x92" + pack(ACK["unit_id"])
+    yield message(
+        "bytes-as-text", "str where bin belongs.", "ack", ack + pack("x" * 32), "MALFORMED"
+    )
+    yield message("bytes-nil", "nil where bin belongs.", "ack", ack + b"\xc0", "MALFORMED")
+    lists = {
+        "list-of-65": (["x"] * 65, "65 items; 64 are allowed."),
+        "list-item-bytes": (["namespaces", b"seccomp"], "One item is bytes, not text."),
+        "list-as-text": ("namespaces", "A text where the list belongs."),
+        "list-nested": ([["namespaces"]], "A list in the list."),
+    }
+    for name, (value, comment) in lists.items():
+        yield message(name, comment, "capacity", changed("capacity", isolation=value), "MALFORMED")
+
+
+@scenario
+def encodings_that_are_not_the_canonical_one() -> Iterator[Vector]:
+    detail = pack(REFUSAL["detail"])
+    text = str(REFUSAL["detail"]).encode()
+    cases = {
+        "uint8": b"\x92\xcc\x16" + detail,
+        "uint16": b"\x92\xcd\x00\x16" + detail,
+        "uint32": b"\x92\xce\x00\x00\x00\x16" + detail,
+        "uint64": b"\x92\xcf" + (22).to_bytes(8) + detail,
+        "int8": b"\x92\xd0\x16" + detail,
+        "int64": b"\x92\xd3" + (22).to_bytes(8) + detail,
+        "array16": b"\xdc\x00\x02\x16" + detail,
+        "array32": b"\xdd\x00\x00\x00\x02\x16" + detail,
+        "str8": b"\x92\x16\xd9" + bytes([len(text)]) + text,
+        "str16": b"\x92\x16\xda\x00" + bytes([len(text)]) + text,
+        "str32": b"\x92\x16\xdb\x00\x00\x00" + bytes([len(text)]) + text,
+    }
+    for name, data in cases.items():
+        comment = f"{name} where a shorter form fits: the same value, not the same bytes."
+        yield message(f"not-canonical-{name}", comment, "refusal", data, "NOT_CANONICAL")
+
+
+@scenario
+def bytes_in_a_longer_form() -> Iterator[Vector]:
+    for name, head in {"bin16": b"\xc5\x00\x20", "bin32": b"\xc6\x00\x00\x00\x20"}.items():
+        data = b"\x92" + pack(ACK["unit_id"]) + head + ACK["receipt_hash"]
+        comment = f"{name} where bin8 fits."
+        yield message(f"not-canonical-{name}", comment, "ack", data, "NOT_CANONICAL")
+
+
+@scenario
+def fields_of_another_size() -> Iterator[Vector]:
+    cases: list[tuple[str, str, int]] = [
+        ("request", "nonce", 15),
+        ("request", "provider_key", 33),
+        ("offer", "offer_id", 0),
+        ("offer", "one_time_key", 31),
+        ("offer", "request_hash", 64),
+        ("offer", "submitter_key", 31),
+        ("header", "unit_id", 17),
+        ("header", "offer_hash", 31),
+        ("header", "ephemeral_key", 33),
+        ("receipt", "unit_id", 15),
+        ("receipt", "transcript_hash", 33),
+        ("receipt", "input_hash", 0),
+        ("receipt", "output_hash", 31),
+        ("ack", "unit_id", 17),
+        ("ack", "receipt_hash", 31),
+    ]
+    for type_, name, size in cases:
+        data = changed(type_, **{name: bytes(size)})
+        comment = f"{name} has {size} bytes."
+        yield message(
+            f"{type_}-{name}-of-{size}".replace("_", "-"), comment, type_, data, "MALFORMED"
+        )
+
+
+@scenario
+def values_out_of_their_set() -> Iterator[Vector]:
+    cases = [
+        ("request", "device_kind", "gpu"),
+        ("receipt", "status", "finished"),
+        ("offer", "device", DEVICE | {"kind": "any"}),
+        ("offer", "device", DEVICE | {"extra": 1}),
+        ("receipt", "wipe", [{"name": "scratch gone", "held": 1}]),
+    ]
+    for number, (type_, name, value) in enumerate(cases):
+        data = changed(type_, **{name: value})
+        yield message(
+            f"{type_}-bad-{name}-{number}".replace("_", "-"),
+            f"{name} is none of the values that it may have.",
+            type_,
+            data,
+            "MALFORMED",
+        )
+
+
+@scenario
+def amounts_out_of_their_bounds() -> Iterator[Vector]:
+    cases = [
+        ("request", "device_memory_bytes", 1024 * GIB + 1),
+        ("request", "memory_bytes", 0),
+        ("request", "memory_bytes", 1024 * GIB + 1),
+        ("request", "max_seconds", 0),
+        ("request", "max_seconds", 86_401),
+        ("request", "input_bytes", 64 * GIB + 1),
+        ("request", "output_bytes", 64 * GIB + 1),
+        ("header", "chunk_bytes", 4095),
+        ("header", "chunk_bytes", 262_145),
+    ]
+    for type_, name, value in cases:
+        data = changed(type_, **{name: value})
+        comment = f"{name} is {value}."
+        yield message(
+            f"{type_}-{name}-{value}".replace("_", "-"), comment, type_, data, "OVER_LIMIT"
+        )
+
+
+@scenario
+def lifetimes_out_of_their_bounds() -> Iterator[Vector]:
+    longest = {"request": 600_000, "offer": 60_000, "header": 600_000, "capacity": 300_000}
+    for type_, longest_ms in longest.items():
+        issued = MESSAGES[type_]["issued_at_ms"]
+        for name, lifetime in (("zero", 0), ("reversed", -1), ("too-long", longest_ms + 1)):
+            data = changed(type_, expires_at_ms=issued + lifetime)
+            comment = f"expires_at_ms - issued_at_ms is {lifetime}."
+            yield message(f"{type_}-lifetime-{name}", comment, type_, data, "MALFORMED")
+
+
+# ------------------------------------------------------------------ envelopes
+
+
+def envelope(
+    name: str, comment: str, type_: str, data: bytes, expect: str = "ok", **params: Any
+) -> Vector:
+    decoded = None
+    if expect == "ok":
+        signer, fields = SIGNED[type_]
+        decoded = {"signer": signer.public, "hash": hash_of("envelope", data), "message": fields}
+    given = {"type": type_} | params
+    return Vector(f"envelope-{name}", comment, "envelope", data, expect, given, decoded)
+
+
+def request_parts() -> list[Any]:
+    parts: list[Any] = msgpack.unpackb(REQUEST_ENVELOPE)
+    return parts
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    changed_bytes = bytearray(data)
+    changed_bytes[bit // 8] ^= 1 << bit % 8
+    return bytes(changed_bytes)
+
+
+@scenario
+def every_signed_message() -> Iterator[Vector]:
+    for type_, (signer, fields) in SIGNED.items():
+        data = signer.envelope(type_, pack(plain(fields)))
+        yield envelope(type_, f"A signed {type_}, at its time.", type_, data, now_ms=NOW_MS + 100)
+
+
+@scenario
+def signatures_made_for_another_place() -> Iterator[Vector]:
+    payload = pack(plain(REQUEST))
+    cases = {
+        "another-domain": domain("offer") + payload,
+        "no-domain": payload,
+        "no-zero-byte": domain("request")[:-1] + payload,
+        "hashed-first": hash_of("request", payload),
+        "other-version": b"NextGPU/2 request\0" + payload,
+    }
+    for name, signed in cases.items():
+        data = pack(["request", payload, SUBMITTER.public, SUBMITTER.sign(signed)])
+        comment = "A right signature over something else than D(type) and the payload."
+        yield envelope(f"signature-{name}", comment, "request", data, "BAD_SIGNATURE")
+
+
+@scenario
+def one_bit_of_each_part() -> Iterator[Vector]:
+    # The last bit of the payload's nonce: what decodes stays a good request.
+    places = {"payload": (1, 8 * 5), "public-key": (2, 0), "signature-r": (3, 0)}
+    places["signature-s"] = (3, 8 * 32)
+    for name, (index, bit) in places.items():
+        parts = request_parts()
+        parts[index] = flipped(parts[index], bit)
+        comment = f"One bit of the {name} is changed."
+        yield envelope(f"bit-of-{name}", comment, "request", pack(parts), "BAD_SIGNATURE")
+
+
+@scenario
+def keys_and_signatures_that_are_not_strict() -> Iterator[Vector]:
+    parts = request_parts()
+    order = 2**252 + 27742317777372353535851937790883648493
+    s = int.from_bytes(parts[3][32:], "little") + order
+    parts[3] = parts[3][:32] + s.to_bytes(32, "little")
+    comment = "S + L in place of S: the other signature that a lax verifier takes."
+    yield envelope("signature-malleable", comment, "request", pack(parts), "BAD_SIGNATURE")
+    parts = request_parts()
+    parts[2] = b"\x01" + bytes(31)
+    parts[3] = b"\x01" + bytes(63)
+    comment = (
+        "The neutral point as key, R neutral, S zero: a lax verifier takes it for any message."
+    )
+    yield envelope("small-order-key", comment, "request", pack(parts), "BAD_SIGNATURE")
+    parts = request_parts()
+    parts[2] = STRANGER.public
+    yield envelope("another-key", "Another's public key.", "request", pack(parts), "BAD_SIGNATURE")
+
+
+@scenario
+def parts_of_another_shape() -> Iterator[Vector]:
+    name, payload, key, signature = request_parts()
+    cases: dict[str, Any] = {
+        "three-parts": [name, payload, key],
+        "five-parts": [name, payload, key, signature, b""],
+        "map": {"type": name, "payload": payload, "key": key, "signature": signature},
+        "type-bytes": [name.encode(), payload, key, signature],
+        "type-number": [1, payload, key, signature],
+        "payload-array": [name, msgpack.unpackb(payload), key, signature],
+        "key-31": [name, payload, key[:31], signature],
+        "key-33": [name, payload, key + b"\0", signature],
+        "signature-63": [name, payload, key, signature[:63]],
+        "signature-65": [name, payload, key, signature + b"\0"],
+        "signature-nil": [name, payload, key, None],
+    }
+    for case, parts in cases.items():
+        comment = "The parts are not text, bytes, 32 bytes, 64 bytes."
+        yield envelope(case, comment, "request", pack(parts), "MALFORMED")
+    yield envelope("trailing", "A byte too many.", "request", REQUEST_ENVELOPE + b"\0", "MALFORMED")
+    yield envelope("cut", "A byte too few.", "request", REQUEST_ENVELOPE[:-1], "MALFORMED")
+
+
+@scenario
+def envelopes_not_canonical() -> Iterator[Vector]:
+    name, payload, key, signature = request_parts()
+    tail = pack(payload) + pack(key) + pack(signature)
+    cases = {
+        "array16": b"\xdc\x00\x04" + pack(name) + tail,
+        "str8": b"\x94\xd9\x07request" + tail,
+        "bin16": b"\x94" + pack(name) + pack(payload) + b"\xc5\x00\x20" + key + pack(signature),
+    }
+    for case, data in cases.items():
+        comment = f"{case} where a shorter form fits; the signature is right."
+        yield envelope(f"not-canonical-{case}", comment, "request", data, "NOT_CANONICAL")
+
+
+@scenario
+def right_signatures_over_wrong_payloads() -> Iterator[Vector]:
+    good = pack(plain(REQUEST))
+    long_form = b"\xdc\x00\x0d" + good[1:]
+    cases = [
+        ("payload-not-canonical", long_form, "NOT_CANONICAL"),
+        ("payload-trailing", good + b"\0", "MALFORMED"),
+        ("payload-empty", b"", "MALFORMED"),
+        ("payload-over-limit", changed("request", max_seconds=0), "OVER_LIMIT"),
+        ("payload-too-large", changed("request", token=bytes(8100)), "TOO_LARGE"),
+    ]
+    for name, payload, expect in cases:
+        data = SUBMITTER.envelope("request", payload)
+        yield envelope(name, "Signed as it is; the payload is wrong.", "request", data, expect)
+
+
+@scenario
+def one_message_in_the_place_of_another() -> Iterator[Vector]:
+    for type_, (signer, fields) in SIGNED.items():
+        wanted = "offer" if type_ != "offer" else "request"
+        data = signer.envelope(type_, pack(plain(fields)))
+        comment = f"A right {type_} where a {wanted} belongs."
+        yield envelope(f"{type_}-as-{wanted}", comment, wanted, data, "UNEXPECTED_MESSAGE")
+
+
+@scenario
+def an_envelope_over_its_limit() -> Iterator[Vector]:
+    data = SUBMITTER.envelope("request", bytes(9000))
+    yield envelope("too-large", "More than 8448 bytes.", "request", data, "TOO_LARGE")
+
+
+@scenario
+def times_and_suites() -> Iterator[Vector]:
+    skew = 300_000
+    issued, expires = REQUEST["issued_at_ms"], REQUEST["expires_at_ms"]
+    cases = [
+        ("expired", expires + skew + 1, "EXPIRED"),
+        ("late-within-skew", expires + skew, "ok"),
+        ("not-yet-valid", issued - skew - 1, "NOT_YET_VALID"),
+        ("early-within-skew", issued - skew, "ok"),
+    ]
+    for name, now_ms, expect in cases:
+        comment = f"Read at {now_ms}; the window is {issued} to {expires}, five minutes of skew."
+        yield envelope(name, comment, "request", REQUEST_ENVELOPE, expect, now_ms=now_ms)
+    for suite in (0, 2):
+        data = SUBMITTER.envelope("request", changed("request", suite=suite))
+        comment = f"Suite {suite}: version 1 speaks suite 1 only."
+        yield envelope(f"suite-{suite}", comment, "request", data, "UNKNOWN_SUITE", now_ms=NOW_MS)
+
+
+# ------------------------------------------------------------------ frames
+
+KINDS = {
+    "REQUEST": 1,
+    "OFFER": 2,
+    "REFUSAL": 3,
+    "HEADER": 4,
+    "DATA": 5,
+    "END": 6,
+    "RECEIPT": 7,
+    "ACK": 8,
+    "ERROR": 9,
+    "CANCEL": 10,
+    "CAPACITY": 11,
+}
+
+
+def frame(kind: str, body: bytes = b"") -> bytes:
+    return struct.pack(">IB", 1 + len(body), KINDS[kind]) + body
+
+
+def frames(name: str, comment: str, data: bytes, decoded: Any) -> Vector:
+    return Vector(f"frame-{name}", comment, "frame", data, "ok", {}, decoded)
+
+
+def bad_frames(name: str, comment: str, data: bytes, expect: str) -> Vector:
+    return Vector(f"frame-{name}", comment, "frame", data, expect)
+
+
+@scenario
+def frames_that_are_right() -> Iterator[Vector]:
+    for kind in KINDS:
+        body = kind.lower().encode()
+        yield frames(kind.lower(), f"One {kind} frame.", frame(kind, body), [[kind, body]])
+    yield frames("none", "No bytes: no frames.", b"", [])
+    yield frames("empty-body", "Length 1: a kind and no body.", frame("END"), [["END", b""]])
+    several = frame("DATA", b"a") + frame("DATA") + frame("END")
+    decoded = [["DATA", b"a"], ["DATA", b""], ["END", b""]]
+    yield frames("several", "Three frames in one read.", several, decoded)
+
+
+@scenario
+def frames_that_are_wrong() -> Iterator[Vector]:
+    over = struct.pack(">IB", 266_241, 5)
+    yield bad_frames("length-zero", "A length that holds no kind.", b"\0\0\0\0\5", "TOO_LARGE")
+    comment = "Refused from the five bytes alone: 266240 is the limit."
+    yield bad_frames("length-over", comment, over, "TOO_LARGE")
+    yield bad_frames("length-huge", "2^32-1 bytes.", b"\xff\xff\xff\xff\5", "TOO_LARGE")
+    for kind in (0, 12, 31, 36, 50, 255):
+        data = struct.pack(">IB", 1, kind)
+        yield bad_frames(f"kind-{kind}", "A kind that does not exist.", data, "MALFORMED")
+    whole = frame("DATA", b"abc")
+    for size in (1, 4, 5, 7):
+        comment = f"The stream ends after {size} of {len(whole)} bytes."
+        yield bad_frames(f"cut-at-{size}", comment, whole[:size], "TRUNCATED")
+    comment = "A text protocol knocks: its first letters are read as a length."
+    yield bad_frames("http", comment, b"GET / HTTP/1.1\r\n\r\n", "TOO_LARGE")
+
+
+# ------------------------------------------------------------------ sealed streams
+
+
+@dataclass(frozen=True)
+class Keys:
+    """One direction's stream key and commitment."""
+
+    key: bytes
+    commitment: bytes
+    transcript: bytes
+
+
+def keyed(shared: bytes, label: str, transcript: bytes) -> bytes:
+    data = domain(label) + transcript
+    return hashlib.blake2b(data, key=shared, digest_size=32).digest()
+
+
+def stream_keys(direction: str, transcript: bytes = TRANSCRIPT) -> Keys:
+    q = EPHEMERAL.shared(ONE_TIME.public)
+    both = hashlib.blake2b(q + EPHEMERAL.public + ONE_TIME.public, digest_size=64).digest()
+    shared = both[32:] if direction == "in" else both[:32]
+    return Keys(
+        keyed(shared, f"key {direction}", transcript),
+        keyed(shared, f"commit {direction}", transcript),
+        transcript,
+    )
+
+
+MESSAGE_TAG, PUSH_TAG, REKEY_TAG, FINAL_TAG = 0, 1, 2, 3
+
+
+class Sealing:
+    """secretstream under a chosen header.
+
+    init_push would draw a random one; after initialisation the state for pulling is the state for
+    pushing, so it is made by init_pull from a header that never changes.
+    """
+
+    def __init__(self, keys: Keys, label: str = "header") -> None:
+        header = seed(label)[:24]
+        self._state = sodium.crypto_secretstream_xchacha20poly1305_state()
+        sodium.crypto_secretstream_xchacha20poly1305_init_pull(self._state, header, keys.key)
+        self.preamble = header + keys.commitment
+
+    def chunk(self, plaintext: bytes, ad: bytes | None = None, tag: int = MESSAGE_TAG) -> bytes:
+        data: bytes = sodium.crypto_secretstream_xchacha20poly1305_push(
+            self._state, plaintext, ad, tag
+        )
+        return data
+
+
+RECORDS = {"MANIFEST": 1, "PROGRAM": 2, "CONSTANTS": 3, "CARRY": 4, "STEP": 5}
+RECORDS |= {"STARTED": 16, "RESULT": 17, "CHECKPOINT": 18, "DONE": 19, "FAILED": 20}
+
+
+def record(kind: str, body: bytes = b"", flags: int = 0) -> bytes:
+    return struct.pack(">BBI", RECORDS[kind], flags, len(body)) + body
+
+
+def padded(content: bytes, size: int = 4096) -> bytes:
+    return content + bytes(size - len(content))
+
+
+PLAIN_CHUNKS = [
+    record("MANIFEST", pack(plain(MANIFEST))),
+    record("STEP", b"first half, ", 1) + record("STEP", b"second half"),
+    record("STEP", b"last"),
+]
+DECODED_RECORDS = [
+    ["MANIFEST", pack(plain(MANIFEST)), False],
+    ["STEP", b"first half, ", True],
+    ["STEP", b"second half", False],
+    ["STEP", b"last", False],
+]
+
+
+def sealed(chunks: list[bytes], keys: Keys | None = None) -> list[bytes]:
+    """The DATA bodies of a right stream to the worker: preamble, chunks, the last one FINAL."""
+    keys = keys or stream_keys("in")
+    sealing = Sealing(keys)
+    bodies = [sealing.preamble]
+    for index, chunk in enumerate(chunks):
+        tag = FINAL_TAG if index == len(chunks) - 1 else MESSAGE_TAG
+        bodies.append(sealing.chunk(chunk, keys.transcript if index == 0 else None, tag))
+    return bodies
+
+
+def framed(bodies: Iterable[bytes], *, end: bool = True) -> bytes:
+    return b"".join(frame("DATA", body) for body in bodies) + (frame("END") if end else b"")
+
+
+def stream_params(direction: str) -> Fields:
+    own, peer = (ONE_TIME, EPHEMERAL) if direction == "in" else (EPHEMERAL, ONE_TIME)
+    return {
+        "direction": direction,
+        "own_seed": own.seed,
+        "own_secret_key": own.secret,
+        "own_public_key": own.public,
+        "peer_public_key": peer.public,
+        "offer": OFFER_ENVELOPE,
+        "header": HEADER_ENVELOPE,
+    }
+
+
+def stream(
+    name: str, comment: str, data: bytes, expect: str, direction: str = "in", **changes: Any
+) -> Vector:
+    params = stream_params(direction) | changes
+    return Vector(f"stream-{name}", comment, "stream", data, expect, params)
+
+
+def good_stream(name: str, comment: str, bodies: list[bytes], records: Any, way: str) -> Vector:
+    keys = stream_keys(way)
+    decoded = {
+        "transcript_hash": keys.transcript,
+        "stream_key": keys.key,
+        "commitment": keys.commitment,
+        "ciphertext_hash": hash_of("ciphertext", *bodies),
+        "records": records,
+    }
+    data = framed(bodies)
+    return Vector(f"stream-{name}", comment, "stream", data, "ok", stream_params(way), decoded)
+
+
+@scenario
+def streams_that_are_right() -> Iterator[Vector]:
+    yield good_stream(
+        "in", "To the worker, three chunks.", sealed(PLAIN_CHUNKS), DECODED_RECORDS, "in"
+    )
+    done = record("STARTED") + record("DONE", pack(plain(SUMMARY)))
+    bodies = sealed([padded(done)], stream_keys("out"))
+    decoded = [["STARTED", b"", False], ["DONE", pack(plain(SUMMARY)), False]]
+    yield good_stream("out", "From the worker, padded to 4096.", bodies, decoded, "out")
+    yield good_stream("empty", "One final chunk, no records.", sealed([b""]), [], "in")
+    yield good_stream("only-padding", "4096 zero bytes.", sealed([bytes(4096)]), [], "in")
+
+
+@scenario
+def streams_cut_short() -> Iterator[Vector]:
+    bodies = sealed(PLAIN_CHUNKS)
+    for kept in range(len(bodies)):
+        comment = f"END after {kept} of {len(bodies)} DATA frames: FINAL never came."
+        yield stream(f"end-after-{kept}", comment, framed(bodies[:kept]), "TRUNCATED")
+        comment = f"The connection closes after {kept} of {len(bodies)} DATA frames."
+        yield stream(f"close-after-{kept}", comment, framed(bodies[:kept], end=False), "TRUNCATED")
+    comment = "Everything is there but the END frame."
+    yield stream("no-end", comment, framed(bodies, end=False), "TRUNCATED")
+    comment = "The connection closes inside the last DATA frame."
+    yield stream("cut-in-frame", comment, framed(bodies, end=False)[:-1], "TRUNCATED")
+
+
+@scenario
+def chunks_out_of_order() -> Iterator[Vector]:
+    p, a, b, c = sealed(PLAIN_CHUNKS)
+    cases = {
+        "first-dropped": [p, b, c],
+        "second-dropped": [p, a, c],
+        "swapped": [p, b, a, c],
+        "first-twice": [p, a, a, b, c],
+        "second-twice": [p, a, b, b, c],
+        "final-twice": [p, a, b, c, c],
+        "preamble-twice": [p, p, a, b, c],
+        "final-first": [p, c, a, b],
+        "no-preamble": [a, b, c],
+    }
+    for name, bodies in cases.items():
+        # Without a preamble the first chunk is read as one and has another length.
+        expect = "MALFORMED" if name == "no-preamble" else "BAD_SEAL"
+        yield stream(
+            f"chunks-{name}", "The chunks are right, their order is not.", framed(bodies), expect
+        )
+
+
+@scenario
+def data_after_the_final_chunk() -> Iterator[Vector]:
+    keys = stream_keys("in")
+    sealing = Sealing(keys)
+    bodies = [sealing.preamble, sealing.chunk(b"", keys.transcript, FINAL_TAG), sealing.chunk(b"")]
+    comment = "libsodium opens what comes after FINAL; the protocol does not."
+    yield stream("data-after-final", comment, framed(bodies), "BAD_SEAL")
+
+
+@scenario
+def bits_of_a_stream() -> Iterator[Vector]:
+    bodies = sealed(PLAIN_CHUNKS)
+    size = len(bodies[1])
+    places = {
+        "header": (0, 0),
+        "header-nonce": (0, 8 * 20),
+        "commitment": (0, 8 * 24),
+        "commitment-end": (0, 8 * 56 - 1),
+        "tag": (1, 0),
+        "text": (1, 8),
+        "mac": (1, 8 * size - 1),
+        "final-tag": (3, 0),
+    }
+    for name, (index, bit) in places.items():
+        broken = list(bodies)
+        broken[index] = flipped(broken[index], bit)
+        yield stream(
+            f"bit-of-{name}", f"One bit of the {name} is changed.", framed(broken), "BAD_SEAL"
+        )
+
+
+@scenario
+def parts_of_a_wrong_size() -> Iterator[Vector]:
+    p, *chunks = sealed(PLAIN_CHUNKS)
+    for name, preamble in {"short": p[:-1], "long": p + b"\0", "empty": b""}.items():
+        data = framed([preamble, *chunks])
+        yield stream(f"preamble-{name}", "A preamble has 56 bytes.", data, "MALFORMED")
+    for size in (0, 16):
+        comment = f"A chunk of {size} bytes; its overhead alone is 17."
+        yield stream(f"chunk-of-{size}", comment, framed([p, bytes(size), *chunks]), "BAD_SEAL")
+
+
+@scenario
+def tags_that_are_not_used() -> Iterator[Vector]:
+    keys = stream_keys("in")
+    for name, tag in {"push": PUSH_TAG, "rekey": REKEY_TAG, "unknown": 7}.items():
+        sealing = Sealing(keys)
+        bodies = [sealing.preamble, sealing.chunk(b"", keys.transcript, tag)]
+        comment = f"Tag {tag}: only MESSAGE (0) and FINAL (3) are used."
+        yield stream(
+            f"tag-{name}", comment, framed([*bodies, sealing.chunk(b"", None, 3)]), "BAD_SEAL"
+        )
+
+
+@scenario
+def wrong_associated_data() -> Iterator[Vector]:
+    keys = stream_keys("in")
+    cases = {"missing": (None, None), "other": (bytes(32), None), "twice": (keys.transcript,) * 2}
+    for name, (first, second) in cases.items():
+        sealing = Sealing(keys)
+        bodies = [
+            sealing.preamble,
+            sealing.chunk(b"", first),
+            sealing.chunk(b"", second, FINAL_TAG),
+        ]
+        comment = "The transcript hash belongs to the first chunk, and to it alone."
+        yield stream(f"ad-{name}", comment, framed(bodies), "BAD_SEAL")
+
+
+@scenario
+def wrong_keys() -> Iterator[Vector]:
+    right = stream_keys("in")
+    reflected = framed(sealed(PLAIN_CHUNKS, stream_keys("out")))
+    comment = "What the worker said is played back to it."
+    yield stream("reflected", comment, reflected, "BAD_SEAL")
+    other = Keys(seed("another key"), right.commitment, right.transcript)
+    comment = "Another key behind the right commitment."
+    yield stream("wrong-key", comment, framed(sealed(PLAIN_CHUNKS, other)), "BAD_SEAL")
+    other = Keys(right.key, seed("another commitment"), right.transcript)
+    comment = "The right key behind another commitment."
+    yield stream("wrong-commitment", comment, framed(sealed(PLAIN_CHUNKS, other)), "BAD_SEAL")
+    good = framed(sealed(PLAIN_CHUNKS))
+    header = SUBMITTER.envelope("header", changed("header", unit_id=bytes(16)))
+    comment = "The same keys under another header: another transcript."
+    yield stream("wrong-header", comment, good, "BAD_SEAL", header=header)
+    offer = PROVIDER.envelope("offer", changed("offer", offer_id=bytes(16)))
+    comment = "The same keys under another offer: another transcript."
+    yield stream("wrong-offer", comment, good, "BAD_SEAL", offer=offer)
+    comment = "Another ephemeral key than the one that it was sealed with."
+    stranger = Exchange("stranger").public
+    yield stream("wrong-ephemeral-key", comment, good, "BAD_SEAL", peer_public_key=stranger)
+
+
+# Every encoding of a point of small order that X25519 can be given (RFC 7748, 6.1; the list of
+# cr.yp.to/ecdh.html).
+LOW_ORDER = {
+    "zero": bytes(32),
+    "one": b"\x01" + bytes(31),
+    "order-8-a": bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800"),
+    "order-8-b": bytes.fromhex("5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157"),
+    "p-minus-1": (2**255 - 20).to_bytes(32, "little"),
+    "p": (2**255 - 19).to_bytes(32, "little"),
+    "p-plus-1": (2**255 - 18).to_bytes(32, "little"),
+}
+
+
+@scenario
+def low_order_points() -> Iterator[Vector]:
+    data = framed(sealed(PLAIN_CHUNKS))
+    for name, point in LOW_ORDER.items():
+        for direction, who in (("in", "ephemeral"), ("out", "one-time")):
+            comment = f"A {who} key of small order: the shared secret would be known to all."
+            yield stream(
+                f"low-order-{direction}-{name}", comment, data, "BAD_SEAL", direction,
+                peer_public_key=point,
+            )  # fmt: skip
+
+
+@scenario
+def records_that_are_wrong() -> Iterator[Vector]:
+    cases = {
+        "head-cut": b"\x05\x00\x00\x00\x00",
+        "body-cut": record("STEP", b"abc")[:-1],
+        "length-huge": b"\x05\x00\xff\xff\xff\xff",
+        "kind-6": b"\x06" + bytes(5),
+        "kind-21": b"\x15" + bytes(5),
+        "kind-255": b"\xff" + bytes(5),
+        "flags-2": record("STEP", b"", 2),
+        "flags-255": record("STEP", b"", 255),
+    }
+    for name, chunk in cases.items():
+        data = framed(sealed([chunk]))
+        yield stream(f"record-{name}", "The seal is right, the record is not.", data, "MALFORMED")
+
+
+@scenario
+def other_frames_in_the_stream() -> Iterator[Vector]:
+    bodies = sealed(PLAIN_CHUNKS)
+    data = frame("DATA", bodies[0]) + frame("OFFER", OFFER_ENVELOPE) + framed(bodies[1:])
+    comment = "A frame that is neither DATA nor END inside the stream."
+    yield stream("offer-inside", comment, data, "UNEXPECTED_MESSAGE")
+
+
+# ------------------------------------------------------------------ sessions
+
+
+def said(*steps: str) -> bytes:
+    """Each step as two bytes: the letter of the side, the kind of its frame."""
+    return b"".join(step[0].encode() + bytes([KINDS[step[2:]]]) for step in steps)
+
+
+def session(name: str, comment: str, steps: tuple[str, ...], expect: str, state: str) -> Vector:
+    decoded = {"steps": list(steps), "state": state}
+    return Vector(f"session-{name}", comment, "session", said(*steps), expect, {}, decoded)
+
+
+OPENED = ("S REQUEST", "P OFFER", "S HEADER")
+CONVERSATIONS = {
+    "whole": (*OPENED, "S DATA", "P DATA", "S END", "P DATA", "P END", "P RECEIPT", "S ACK"),
+    "refused": ("S REQUEST", "P REFUSAL"),
+    "offer-declined": ("S REQUEST", "P OFFER", "S CANCEL"),
+    "offer-withdrawn": ("S REQUEST", "P OFFER", "P ERROR"),
+    "stopped-early": (*OPENED, "P END", "S DATA", "S END", "P RECEIPT", "S ACK"),
+    "cancelled": (*OPENED, "S DATA", "S CANCEL", "P DATA", "P END", "P RECEIPT", "S ACK"),
+    "cancelled-late": (*OPENED, "S END", "P RECEIPT", "S CANCEL", "S ACK"),
+    "crashed": (*OPENED, "S DATA", "P RECEIPT", "S DATA", "S END", "S ACK"),
+    "failed": (*OPENED, "S DATA", "P ERROR"),
+}
+
+
+@scenario
+def conversations_that_are_right() -> Iterator[Vector]:
+    for name, steps in CONVERSATIONS.items():
+        yield session(name, "Every step may follow the one before it.", steps, "ok", "closed")
+
+
+@scenario
+def conversations_with_one_wrong_step() -> Iterator[Vector]:
+    ended = (*OPENED, "S END", "P END")
+    receipted = (*ended, "P RECEIPT")
+    cases: list[tuple[str, tuple[str, ...], str, str]] = [
+        ("header-first", (), "S HEADER", "idle"),
+        ("data-first", (), "S DATA", "idle"),
+        ("offer-unasked", (), "P OFFER", "idle"),
+        ("request-twice", OPENED[:1], "S REQUEST", "requested"),
+        ("data-before-offer", OPENED[:1], "S DATA", "requested"),
+        ("receipt-before-offer", OPENED[:1], "P RECEIPT", "requested"),
+        ("offer-twice", OPENED[:2], "P OFFER", "offered"),
+        ("refusal-after-offer", OPENED[:2], "P REFUSAL", "offered"),
+        ("data-before-header", OPENED[:2], "S DATA", "offered"),
+        ("results-before-header", OPENED[:2], "P DATA", "offered"),
+        ("header-by-provider", OPENED[:2], "P HEADER", "offered"),
+        ("header-twice", OPENED, "S HEADER", "streaming"),
+        ("refusal-while-streaming", OPENED, "P REFUSAL", "streaming"),
+        ("ack-before-receipt", OPENED, "S ACK", "streaming"),
+        ("receipt-by-submitter", OPENED, "S RECEIPT", "streaming"),
+        ("data-after-end", (*OPENED, "S END"), "S DATA", "input ended"),
+        ("end-twice", (*OPENED, "S END"), "S END", "input ended"),
+        ("results-after-end", ended, "P DATA", "output ended"),
+        ("output-end-twice", ended, "P END", "output ended"),
+        ("data-after-cancel", (*OPENED, "S CANCEL"), "S DATA", "cancelled"),
+        ("cancel-twice", (*OPENED, "S CANCEL"), "S CANCEL", "cancelled"),
+        ("receipt-twice", receipted, "P RECEIPT", "receipted"),
+        ("results-after-receipt", receipted, "P DATA", "receipted"),
+        ("error-after-receipt", receipted, "P ERROR", "receipted"),
+        ("ack-by-provider", receipted, "P ACK", "receipted"),
+        ("request-after-close", (*receipted, "S ACK"), "S REQUEST", "closed"),
+        ("capacity-in-a-unit", OPENED[:1], "P CAPACITY", "requested"),
+    ]
+    for name, before, wrong, state in cases:
+        comment = f"The last step, {wrong}, is not in the table."
+        yield session(name, comment, (*before, wrong), "UNEXPECTED_MESSAGE", state)
+
+
+# ------------------------------------------------------------------ tables of the spec
+
+
+def transition_table() -> str:
+    lines = ["| state | sender | frame | next state |", "|---|---|---|---|"]
+    for (state, side, kind), following in TRANSITIONS.items():
+        lines.append(f"| {state.value} | {side} | {kind.name} | {following.value} |")
+    last = [state.value for state in SessionState if not any(k[0] is state for k in TRANSITIONS)]
+    return "\n".join([*lines, "", f"States without a row: {', '.join(last)}."])
+
+
+def error_table() -> str:
+    lines = ["| code | name | meaning |", "|---|---|---|"]
+    lines += [f"| {code.value} | {code.name} | {SENTENCES[code]} |" for code in ErrorCode]
+    return "\n".join(lines)
+
+
+TABLES = {"45-session.md": ("transitions", transition_table), "errors.md": ("codes", error_table)}
+
+
+def with_table(page: str, name: str, table: str) -> str:
+    """`page` with the text between its two markers replaced."""
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"the markers of {name!r} are missing")
+    return f"{before}{begin}{table}\n{end}{after}"
+
+
+# ------------------------------------------------------------------ files
+
+
+def all_vectors() -> list[Vector]:
+    vectors = [vector for function in SCENARIOS for vector in function()]
+    names = [vector.name for vector in vectors]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise SystemExit(f"names used twice: {sorted(twice)}")
+    return vectors
+
+
+def wanted_files() -> dict[Path, str]:
+    files = {VECTORS / f"{vector.name}.json": vector.to_json() for vector in all_vectors()}
+    for page, (name, make) in TABLES.items():
+        path = SPEC / page
+        files[path] = with_table(path.read_text(encoding="utf-8"), name, make())
+    return files
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 on a difference")
+    check = parser.parse_args().check
+    wanted = wanted_files()
+    changes = [
+        path
+        for path, text in wanted.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    strays = [path for path in VECTORS.glob("*.json") if path not in wanted]
+    for path in changes + strays:
+        print(("differs: " if check else "changed: ") + str(path.relative_to(PROTOCOL)))
+    if not check:
+        for path in changes:
+            path.write_text(wanted[path], encoding="utf-8")
+        for path in strays:
+            path.unlink()
+    return 1 if check and changes + strays else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

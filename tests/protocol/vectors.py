@@ -1,0 +1,167 @@
+"""Feeds a vector of protocol/vectors to the Python implementation.  Format: vectors/README.md"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nextgpu_protocol.codec import decode_message_untrusted
+from nextgpu_protocol.envelope import Signed, open_envelope_untrusted
+from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.framing import Frame, FrameDecoder, FrameKind
+from nextgpu_protocol.messages import (
+    Capacity,
+    Offer,
+    Receipt,
+    ReceiptAck,
+    Refusal,
+    UnitHeader,
+    UnitRequest,
+    check_suite_untrusted,
+    check_window_untrusted,
+)
+from nextgpu_protocol.records import UnitManifest, UnitSummary, read_records_untrusted
+from nextgpu_protocol.sealing import CiphertextHash, KeyPair, Opener, StreamKey, transcript_hash
+from nextgpu_protocol.session import Session
+
+PROTOCOL = Path(__file__).resolve().parents[2] / "protocol"
+
+TYPES: dict[str, Any] = {
+    "request": UnitRequest,
+    "offer": Offer,
+    "header": UnitHeader,
+    "receipt": Receipt,
+    "ack": ReceiptAck,
+    "capacity": Capacity,
+    "refusal": Refusal,
+    "manifest": UnitManifest,
+    "summary": UnitSummary,
+}
+
+
+@dataclass(frozen=True)
+class Vector:
+    name: str
+    comment: str
+    kind: str
+    params: dict[str, Any]
+    input: bytes
+    expect: str
+    decoded: Any
+
+
+def load_vectors() -> list[Vector]:
+    vectors = []
+    for path in sorted((PROTOCOL / "vectors").glob("*.json")):
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        vectors.append(Vector(**plain | {"input": bytes.fromhex(plain["input"])}))
+    return vectors
+
+
+def run_vector(vector: Vector) -> tuple[str, Any]:
+    """What the implementation makes of it: "ok" and what it decoded, or the code's name."""
+    runners = {
+        "message": _run_message,
+        "envelope": _run_envelope,
+        "frame": _run_frames,
+        "stream": _run_stream,
+        "session": _run_session,
+    }
+    try:
+        return "ok", runners[vector.kind](vector)
+    except RemoteProtocolError as exc:
+        return exc.code.name, None
+
+
+def _run_message(vector: Vector) -> Any:
+    return _plain(decode_message_untrusted(TYPES[vector.params["type"]], vector.input))
+
+
+def _run_envelope(vector: Vector) -> Any:
+    signed: Signed[Any] = open_envelope_untrusted(TYPES[vector.params["type"]], vector.input)
+    if hasattr(signed.message, "suite"):
+        check_suite_untrusted(signed.message.suite)
+    if hasattr(signed.message, "expires_at_ms") and "now_ms" in vector.params:
+        check_window_untrusted(
+            signed.message.issued_at_ms,
+            signed.message.expires_at_ms,
+            now_ms=vector.params["now_ms"],
+        )
+    return {
+        "signer": signed.signer.hex(),
+        "hash": signed.hash.hex(),
+        "message": _plain(signed.message),
+    }
+
+
+def _read_frames(data: bytes) -> list[Frame]:
+    """Every frame of a stream that closes after `data`."""
+    decoder = FrameDecoder()
+    decoder.feed(data)
+    frames = list(decoder)
+    if decoder.mid_frame:
+        raise RemoteProtocolError(ErrorCode.TRUNCATED, "inside a frame")
+    return frames
+
+
+def _run_frames(vector: Vector) -> Any:
+    return [[kind.name, body.hex()] for kind, body in _read_frames(vector.input)]
+
+
+def _run_stream(vector: Vector) -> Any:
+    given = {name: bytes.fromhex(v) for name, v in vector.params.items() if name != "direction"}
+    key = _stream_key(vector.params["direction"], given)
+    opener, digest = Opener(key), CiphertextHash()
+    records, ended = [], False
+    for kind, body in _read_frames(vector.input):
+        if kind is FrameKind.END:
+            opener.check_end_untrusted()
+            ended = True
+            continue
+        if kind is not FrameKind.DATA:
+            raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, kind.name)
+        digest.update(body)
+        for record in read_records_untrusted(opener.open_untrusted(body)):
+            records.append([record.kind.name, bytes(record.body).hex(), record.more])
+    if not ended:
+        raise RemoteProtocolError(ErrorCode.TRUNCATED, "no END")
+    return {
+        "transcript_hash": key.transcript.hex(),
+        "stream_key": key.key.hex(),
+        "commitment": key.commitment.hex(),
+        "ciphertext_hash": digest.digest().hex(),
+        "records": records,
+    }
+
+
+def _stream_key(direction: str, given: dict[str, bytes]) -> StreamKey:
+    pair = KeyPair(given["own_seed"])
+    assert pair.public == given["own_public_key"]
+    transcript = transcript_hash(given["offer"], given["header"])
+    if direction == "in":
+        return pair.worker_keys_untrusted(given["peer_public_key"], transcript).inbound
+    return pair.submitter_keys(given["peer_public_key"], transcript).outbound
+
+
+def _run_session(vector: Vector) -> Any:
+    sides = {"S": Session("S"), "P": Session("P")}
+    steps = []
+    for side, kind_byte in zip(vector.input[::2], vector.input[1::2], strict=True):
+        sender, kind = chr(side), FrameKind(kind_byte)
+        receiver = sides["P" if sender == "S" else "S"]
+        receiver.received_untrusted(kind)
+        sides[sender].sending(kind)
+        steps.append(f"{sender} {kind.name}")
+    assert sides["S"].state is sides["P"].state
+    return {"steps": steps, "state": sides["S"].state.value}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.hex() if isinstance(value, bytes) else value
