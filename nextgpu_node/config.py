@@ -502,7 +502,7 @@ def _unknown_key(dotted: str, origin: str) -> ConfigError:
 
 def _nearest(dotted: str) -> str | None:
     """The known key most like `dotted`: in its own section first, then a key of that very name
-    in another section, then anything alike."""
+    in another section, then a section."""
     section, _, key = dotted.rpartition(".")
     own = {s.key: d for d, s in SETTINGS.items() if s.section == section}
     if near := difflib.get_close_matches(key, own, n=1):
@@ -510,8 +510,8 @@ def _nearest(dotted: str) -> str | None:
     everywhere = {s.key: d for d, s in SETTINGS.items()}
     if near := difflib.get_close_matches(key, everywhere, n=1, cutoff=0.8):
         return everywhere[near[0]]
-    names = difflib.get_close_matches(dotted, [*SETTINGS, *_SECTIONS], n=1)
-    return names[0] if names else None
+    sections = [] if section else difflib.get_close_matches(key, _SECTIONS, n=1)
+    return f"[{sections[0]}]" if sections else None
 
 
 # --- writing ----------------------------------------------------------------------------------

@@ -762,7 +762,7 @@ class Sealing:
 
 
 RECORDS = {"MANIFEST": 1, "PROGRAM": 2, "CONSTANTS": 3, "CARRY": 4, "STEP": 5}
-RECORDS |= {"STARTED": 16, "RESULT": 17, "CHECKPOINT": 18, "DONE": 19, "FAILED": 20}
+RECORDS |= {"STARTED": 16, "RESULT": 17, "CHECKPOINT": 18, "DONE": 19, "FAILED": 20, "FINAL": 21}
 
 
 def record(kind: str, body: bytes = b"", flags: int = 0) -> bytes:
@@ -839,10 +839,21 @@ def streams_that_are_right() -> Iterator[Vector]:
     yield good_stream(
         "in", "To the worker, three chunks.", sealed(PLAIN_CHUNKS), DECODED_RECORDS, "in"
     )
-    done = record("STARTED") + record("DONE", pack(plain(SUMMARY)))
-    bodies = sealed([padded(done)], stream_keys("out"))
-    decoded = [["STARTED", b"", False], ["DONE", pack(plain(SUMMARY)), False]]
+    said_by_worker = [
+        ("STARTED", b""),
+        ("RESULT", b"an image"),
+        ("CHECKPOINT", (3).to_bytes(8) + b"an image"),
+        ("FINAL", b"an image"),
+        ("DONE", pack(plain(SUMMARY))),
+    ]
+    content = b"".join(record(kind, body) for kind, body in said_by_worker)
+    bodies = sealed([padded(content)], stream_keys("out"))
+    decoded = [[kind, body, False] for kind, body in said_by_worker]
     yield good_stream("out", "From the worker, padded to 4096.", bodies, decoded, "out")
+    failure = pack([44, ""])
+    bodies = sealed([padded(record("FAILED", failure))], stream_keys("out"))
+    decoded = [["FAILED", failure, False]]
+    yield good_stream("out-failed", "A unit that did not succeed.", bodies, decoded, "out")
     yield good_stream("empty", "One final chunk, no records.", sealed([b""]), [], "in")
     yield good_stream("only-padding", "4096 zero bytes.", sealed([bytes(4096)]), [], "in")
 
@@ -1008,7 +1019,7 @@ def records_that_are_wrong() -> Iterator[Vector]:
         "body-cut": record("STEP", b"abc")[:-1],
         "length-huge": b"\x05\x00\xff\xff\xff\xff",
         "kind-6": b"\x06" + bytes(5),
-        "kind-21": b"\x15" + bytes(5),
+        "kind-22": b"\x16" + bytes(5),
         "kind-255": b"\xff" + bytes(5),
         "flags-2": record("STEP", b"", 2),
         "flags-255": record("STEP", b"", 255),

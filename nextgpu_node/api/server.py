@@ -14,6 +14,7 @@ which could hold anything.  There is no access log.
 from __future__ import annotations
 
 import socket
+from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final, TypeVar, cast
@@ -252,13 +253,12 @@ async def _body_untrusted(request: Request, kind: type[_Body]) -> _Body:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be application/json.")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"The body is larger than {MAX_BODY_BYTES} bytes.",
-            )
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                too_large = f"The body is larger than {MAX_BODY_BYTES} bytes."
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_large)
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:

@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -30,10 +29,12 @@ from nextgpu_protocol.errors import RemoteProtocolError
 
 INTERRUPTED: Final = 130
 _BROKEN_PIPE: Final = 1
+# What the extra "worker" of the package brings (pyproject.toml).
+_OPTIONAL_MODULES: Final = ("torch", "numpy", "safetensors")
 
 # The modules are loaded when their command is called: torch takes seconds, and --help must not.
 _COMMANDS: Final = (
-    ("up", "node:up", "Start the node here; ask once whether this machine lends its device."),
+    ("up", "starting:up", "Start the node here; ask once whether this machine lends its device."),
     ("status", "node:status", "What the node is doing now."),
     ("gpus", "node:gpus", "The devices of this machine."),
     ("peers", "network:peers", "Who lends a device now."),
@@ -80,6 +81,8 @@ def main() -> int:
         return _failed("interrupted", INTERRUPTED, as_json=as_json)
     except BaseExceptionGroup as group:
         return _failed(*_sentence_of_group(group), as_json=as_json)
+    except ImportError as exc:
+        return _failed(_sentence_of_missing(exc), UsageError.exit_code, as_json=as_json)
     except (NextGPUError, RemoteProtocolError, cyclopts.CycloptsError) as exc:
         return _failed(*_sentence_of(exc), as_json=as_json)
     return code
@@ -90,7 +93,7 @@ def build_app() -> App:
     app = App(
         name="nextgpu",
         help="Lend and borrow GPUs, peer to peer: sealed work units in a sandboxed torch worker.",
-        version=lambda: f"nextgpu {metadata.version('nextgpu-node')}",
+        version=_version,
         help_format="plaintext",
         print_error=False,
         exit_on_error=False,
@@ -101,6 +104,13 @@ def build_app() -> App:
         _add(group, commands)
         app.command(group)
     return app
+
+
+def _version() -> str:
+    # Imported here: it costs 40 ms.
+    from importlib import metadata
+
+    return f"nextgpu {metadata.version('nextgpu-node')}"
 
 
 def _add(app: App, commands: Sequence[tuple[str, str, str]]) -> None:
@@ -171,6 +181,16 @@ def _nearest(name: str) -> str:
     known = [*(command for command, _, _ in _COMMANDS), *_GROUPS]
     near = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {near[0]!r}?" if near else " `nextgpu --help` lists them."
+
+
+def _sentence_of_missing(exc: ImportError) -> str:
+    """For a submitter that installed without torch; any other missing module is our own fault."""
+    root: BaseException = exc
+    while root.__cause__ is not None:
+        root = root.__cause__
+    if not isinstance(root, ImportError) or root.name not in _OPTIONAL_MODULES:
+        raise exc
+    return f"This command needs {root.name}. Install it: pip install 'nextgpu-node[worker]'"
 
 
 def _sentence_of_group(group: BaseExceptionGroup[BaseException]) -> tuple[str, int]:

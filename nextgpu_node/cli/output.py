@@ -30,18 +30,16 @@ def printable(text: str) -> str:
 
 def human_bytes(size_bytes: float) -> str:
     """1536 -> "1.5 KiB"."""
-    for unit in _UNITS[:-1]:
-        if size_bytes < 1024:
-            break
+    power = 0
+    while size_bytes >= 1024 and power < len(_UNITS) - 1:
         size_bytes /= 1024
-    else:
-        unit = _UNITS[-1]
-    return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        power += 1
+    return f"{size_bytes:.1f} {_UNITS[power]}" if power else f"{size_bytes:.0f} B"
 
 
 def human_seconds(seconds: float) -> str:
     """93784.2 -> "1 d 2 h"; the two largest units that are not zero at the front."""
-    parts = []
+    parts: list[str] = []
     rest = int(seconds)
     for name, length_s in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, rest = divmod(rest, length_s)

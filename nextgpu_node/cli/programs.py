@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect as introspect
 import sys
 import traceback
 from pathlib import Path
@@ -17,7 +16,6 @@ from nextgpu_node.cli.files import check_writable
 from nextgpu_node.errors import NextGPUError, UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.nn import Module
 
 
@@ -51,7 +49,6 @@ def export(
 
     examples = read_tensors(example)
     module = _load_module(target)
-    _check_signature(module, examples, target)
     program = export_program(module, (), examples, dynamic=sizes or None)
     try:
         program.save(output)
@@ -135,13 +132,3 @@ def _last_words(exc: Exception) -> str:
     """The exception and the line that raised it."""
     frame = traceback.extract_tb(exc.__traceback__)[-1]
     return f"{type(exc).__name__}: {exc} ({frame.filename}, line {frame.lineno})"
-
-
-def _check_signature(module: Module, examples: dict[str, Tensor], target: str) -> None:
-    try:
-        introspect.signature(module.forward).bind(**examples)
-    except TypeError as exc:
-        raise UsageError(
-            f"The example inputs do not fit {target}.forward: {exc}. "
-            "Name each tensor after the parameter that takes it."
-        ) from exc

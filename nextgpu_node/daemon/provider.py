@@ -115,10 +115,9 @@ class Provider:
         async with trio.open_nursery() as nursery:
             await nursery.start(launcher.run)
             self._pool = WorkerPool(launcher, self._worker_policy(), self._config.warm_workers)
-            self._pool.set_active(True)
-            nursery.start_soon(self._pool.run)
             try:
-                await self._pool.wait_ready()
+                await self._pool.fill()
+                nursery.start_soon(self._pool.run)
                 self._reason = ""
                 self._update_policy()
                 log.info("sharing.started", tier=self.sandbox.tier)

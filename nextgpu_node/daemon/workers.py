@@ -36,62 +36,48 @@ def status_of_exit(ending: WorkerExit) -> str:
 
 
 class WorkerPool:
-    """Keeps `size` workers ready while the node lends, and none while it does not."""
+    """Keeps `size` workers ready.  `fill` it once, then `run` it for as long as the node lends."""
 
     def __init__(self, launcher: Launcher, policy: WorkerPolicy, size: int) -> None:
         self._launcher = launcher
         self._policy = policy
         self._size = size
         self._ready: deque[Worker] = deque()
-        self._changed = trio.Event()
-        self._active = False
+        self._taken = trio.Event()
 
     @property
     def runtime(self) -> str:
         return self._launcher.runtime
 
-    def set_active(self, active: bool) -> None:
-        """Fill the pool, or give its memory back."""
-        self._active = active
-        self._changed.set()
-
     async def run(self) -> None:
         """Keep the pool at its size until cancelled, then leave no worker."""
         try:
             while True:
-                self._changed = trio.Event()
-                await self._adjust()
-                await self._changed.wait()
+                self._taken = trio.Event()
+                try:
+                    await self.fill()
+                except SandboxError:
+                    log.warning("worker.start_failed")
+                    await trio.sleep(_RETRY_S)
+                    continue
+                await self._taken.wait()
         finally:
-            await self._drain()
+            while self._ready:
+                await self._ready.popleft().finish()
 
-    async def wait_ready(self) -> None:
-        """Until the first warm worker is there.  Raises SandboxError where none comes up."""
-        worker = await self.take()
-        self._ready.append(worker)
+    async def fill(self) -> None:
+        """Bring the pool to its size.  Raises SandboxError where a worker can not be started."""
+        while len(self._ready) < self._size:
+            self._ready.append(await self._launcher.spawn(self._policy))
 
     async def take(self) -> Worker:
         """A worker of its own for one unit.  Raises SandboxError where none can be started."""
         while self._ready:
             worker = self._ready.popleft()
-            self._changed.set()
+            self._taken.set()
             if not worker.has_ended:
                 return worker
             await worker.finish()
         with trio.move_on_after(_SPAWN_DEADLINE_S):
             return await self._launcher.spawn(self._policy)
         raise SandboxError("no worker started in time")
-
-    async def _adjust(self) -> None:
-        if not self._active:
-            await self._drain()
-        while self._active and len(self._ready) < self._size:
-            try:
-                self._ready.append(await self._launcher.spawn(self._policy))
-            except SandboxError:
-                log.warning("worker.start_failed")
-                await trio.sleep(_RETRY_S)
-
-    async def _drain(self) -> None:
-        while self._ready:
-            await self._ready.popleft().finish()

@@ -556,7 +556,7 @@ _INDEXING: tuple[OpOverload, ...] = (
     _aten.bucketize.Scalar,
     _aten.bucketize.Tensor,
     _aten.embedding.default,
-    # A boolean index has no shape before its values are known: the shape run refuses it.
+    # With boolean indices its shape depends on values: _index_shape refuses those.
     _aten.index.Tensor,
     _aten.gather.default,
     _aten.index_add.default,
@@ -724,6 +724,7 @@ _NETWORKS: tuple[OpOverload, ...] = (
     _aten.rms_norm.default,
     _aten.rnn_relu_cell.default,
     _aten.rnn_tanh_cell.default,
+    _aten.scaled_dot_product_attention.default,
     _aten.smooth_l1_loss.default,
     _aten.soft_margin_loss.default,
     _aten.triplet_margin_loss.default,
@@ -868,18 +869,17 @@ def _same_shape(call: OpOverload) -> Callable[..., Any]:
 
 
 def _same_shape_pair(call: OpOverload) -> Callable[..., Any]:
-    def shape_of(left: torch.Tensor, right: Any, *rest: Any, **named: Any) -> Any:
-        plain_number = type(right) is not torch.Tensor and left.is_floating_point()
-        if plain_number and type(right) in (int, float):
-            return torch.empty_like(left)
-        if (
-            plain_number
-            or left.shape != right.shape
-            or left.dtype is not right.dtype
-            or left.stride() != right.stride()
-        ):
+    def shape_of(left: Any, right: Any, *rest: Any, **named: Any) -> Any:
+        if type(left) is not torch.Tensor or not left.is_floating_point():
             return call(left, right, *rest, **named)
-        return torch.empty_like(left)
+        if type(right) in (int, float) or (
+            type(right) is torch.Tensor
+            and left.shape == right.shape
+            and left.dtype is right.dtype
+            and left.stride() == right.stride()
+        ):
+            return torch.empty_like(left)
+        return call(left, right, *rest, **named)
 
     return shape_of
 
@@ -904,6 +904,12 @@ def _view_shape(tensor: torch.Tensor, shape: Sequence[int]) -> Any:
     return _aten.reshape.default(tensor, shape)
 
 
+def _index_shape(tensor: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Any:
+    if any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in indices):
+        raise ValueError("a boolean index has no size before its values are known")
+    return _aten.index.Tensor(tensor, indices)
+
+
 _SHAPE_CALLS: dict[OpOverload, Callable[..., Any]] = {
     _aten.add.Tensor: _same_shape_pair(_aten.add.Tensor),
     _aten.sub.Tensor: _same_shape_pair(_aten.sub.Tensor),
@@ -920,6 +926,7 @@ _SHAPE_CALLS: dict[OpOverload, Callable[..., Any]] = {
     _aten.batch_norm.default: _same_shape(_aten.batch_norm.default),
     _aten.scaled_dot_product_attention.default: _attention_shape,
     _aten.view.default: _view_shape,
+    _aten.index.Tensor: _index_shape,
 }
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 # Free memory moves by the second, and each NVML query costs up to a millisecond.
 MAX_AGE_S = 1.0

@@ -35,14 +35,22 @@ class Group:
     def layer(self) -> str:
         return f"cgroup-v{self.version}"
 
-    def open_for_joining(self) -> int:
-        """A descriptor for the zygote: cgroup.procs to write to in v1, the directory in v2.
+    def open_for_birth(self) -> list[int]:
+        """v2: the directory's descriptor, for clone3 to start the worker in; v1: nothing.
 
         The caller closes it.
         """
-        if self.version == 2:
-            return os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        return os.open(self.directory / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        if self.version == 1:
+            return []
+        return [os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+
+    async def adopt(self, pid: int) -> None:
+        """v1: move a newborn worker in.  Waits for an RCU grace period in the kernel.
+
+        Raises OSError.
+        """
+        if self.version == 1:
+            await trio.to_thread.run_sync(_set, self.directory / "cgroup.procs", pid)
 
     def out_of_memory(self) -> bool:
         """True where the kernel has killed something in this group for its memory limit."""

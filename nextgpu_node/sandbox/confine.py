@@ -68,17 +68,12 @@ def namespace_flags(plan: Plan) -> int:
     return flags
 
 
-def confine(
-    plan: Plan, *, spare_uid: int, socket_fd: int, launcher_pidfd: int, cgroup_fds: Sequence[int]
-) -> int:
+def confine(plan: Plan, *, spare_uid: int, socket_fd: int, launcher_pidfd: int) -> int:
     """Put this process under `plan`; the worker's socket, from then on its one descriptor.
 
     Raises ConfineError; the process must then end without running anything else.
     """
     inherited = _memory_in_use()
-    with _Layer("cgroup"):
-        for fd in cgroup_fds:
-            os.write(fd, b"0")
     with _Layer("user-namespace"):
         _map_user(plan)
     with _Layer("session"):

@@ -152,6 +152,7 @@ class _Slot:
         self.report: WipeReport | None = None
         self.wiping = trio.Lock()
         self.answered = trio.Event()
+        self.in_group = trio.Event()
         self.ended = trio.Event()
         self.stream: trio.SocketStream
 
@@ -377,12 +378,8 @@ class Launcher:
     async def _request(self, zygote: _Zygote, slot: _Slot) -> None:
         ours, theirs = socket.socketpair()
         slot.stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-        fds = [slot.group.open_for_joining()] if slot.group else []
-        head: control.Head = {
-            "spawn": slot.spawn_id,
-            "spare_uid": slot.spare_uid,
-            "cgroup_v2": slot.group is not None and slot.group.version == 2,
-        }
+        fds = slot.group.open_for_birth() if slot.group else []
+        head: control.Head = {"spawn": slot.spawn_id, "spare_uid": slot.spare_uid}
         try:
             await zygote.send(head, encode_plan(slot.plan), [theirs.fileno(), *fds])
         except BaseException as exc:
@@ -395,6 +392,13 @@ class Launcher:
             for fd in fds:
                 os.close(fd)
         await slot.answered.wait()
+        if slot.refusal is None and slot.exit is None and slot.group and self._nursery:
+            self._nursery.start_soon(self._join_group, slot, slot.group)
+        else:
+            slot.in_group.set()
+        self._raise_refusal(slot)
+
+    def _raise_refusal(self, slot: _Slot) -> None:
         if slot.refusal is not None:
             raise SandboxError(f"The worker could not be confined: {slot.refusal}.")
 
@@ -402,6 +406,7 @@ class Launcher:
         try:
             with trio.fail_after(_HELLO_DEADLINE_S):
                 kind, body, rest = await _read_frame(slot.stream)
+                await slot.in_group.wait()
         except trio.TooSlowError as exc:
             raise SandboxError("The worker did not say hello in time.") from exc
         except (trio.BrokenResourceError, RemoteProtocolError, EOFError) as exc:
@@ -411,7 +416,17 @@ class Launcher:
             raise SandboxError(f"The worker could not be confined: {sentence}.")
         if kind is not FrameKind.HELLO or len(body) != KEY_BYTES:
             raise SandboxError("The worker's first frame was no hello.")
+        self._raise_refusal(slot)
         return Worker(self, slot, body, rest)
+
+    async def _join_group(self, slot: _Slot, group: cgroups.Group) -> None:
+        """At the same time as the worker starts: the kernel makes us wait, milliseconds, in v1."""
+        try:
+            await group.adopt(slot.pid)
+        except OSError as exc:
+            slot.refusal = f"cgroup: {exc.strerror}"
+        finally:
+            slot.in_group.set()
 
     async def _enforce_wall_limit(self, slot: _Slot) -> None:
         with slot.wall_scope:
@@ -427,7 +442,8 @@ class Launcher:
                 if slot.report is None:
                     slot.report = await self._wipe(slot)
                     self._close_slot(slot)
-            return slot.report
+        assert slot.report is not None
+        return slot.report
 
     async def _wipe(self, slot: _Slot) -> WipeReport:
         slot.kill("killed")

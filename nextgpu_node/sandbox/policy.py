@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Final, Literal
 
@@ -110,6 +111,7 @@ class Plan:
         return tuple(names + [name for name, present in optional.items() if present])
 
 
+@lru_cache(maxsize=8)
 def plan_worker(policy: WorkerPolicy, layout: HostLayout, tier: Tier = "A") -> Plan:
     """The plan of one worker under `policy` on this host.
 
@@ -308,14 +310,13 @@ def _nvidia_ioctls() -> tuple[tuple[Check, ...], ...]:
 
 def decode_layout(fields: dict[str, Any]) -> HostLayout:
     """The layout as the zygote sent it, through dataclasses.asdict and JSON."""
-    return HostLayout(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-    )
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return HostLayout(**values)
 
 
+@lru_cache(maxsize=8)
 def encode_plan(plan: Plan) -> bytes:
     """The plan as JSON, for the zygote."""
     return json.dumps(dataclasses.asdict(plan), separators=(",", ":")).encode()

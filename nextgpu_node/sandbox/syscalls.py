@@ -100,6 +100,8 @@ _CAPABILITY_VERSION_3: Final = 0x20080522
 _LANDLOCK_CREATE_RULESET_VERSION: Final = 1
 _LANDLOCK_RULE_PATH_BENEATH: Final = 1
 _SECCOMP_SET_MODE_FILTER: Final = 1
+_MADV_HUGEPAGE: Final = 14
+_MADV_COLLAPSE: Final = 25
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -281,6 +283,13 @@ def install_seccomp_filter(program: bytes) -> None:
     buffer = ctypes.create_string_buffer(program, len(program))
     fprog = _SockFprog(len(program) // 8, ctypes.addressof(buffer))
     _syscall("seccomp", _SECCOMP_SET_MODE_FILTER, 0, ctypes.byref(fprog))
+
+
+def collapse_pages(address: int, size: int) -> bool:
+    """Move `size` bytes of this process's memory onto huge pages; False where the kernel won't."""
+    start, length = ctypes.c_void_p(address), ctypes.c_size_t(size)
+    _libc.madvise(start, length, _MADV_HUGEPAGE)
+    return bool(_libc.madvise(start, length, _MADV_COLLAPSE) == 0)
 
 
 def _syscall(name: str, *args: object) -> int:

@@ -58,6 +58,13 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class FinalResult:
+    """What the program's finish graph made of the last carry."""
+
+    tensors: dict[str, Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """The carry after `steps` steps: a later unit can go on from it."""
 
@@ -86,6 +93,7 @@ UnitEvent: TypeAlias = (
     | InputSent
     | Started
     | StepResult
+    | FinalResult
     | Checkpoint
     | Finished
     | ReceiptVerified

@@ -6,7 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from nextgpu_node.errors import IntegrityError
 from nextgpu_node.graph.tensors import TensorImageReader
-from nextgpu_node.sdk.events import Checkpoint, Finished, Started, StepResult, UnitEvent
+from nextgpu_node.sdk.events import (
+    Checkpoint,
+    FinalResult,
+    Finished,
+    Started,
+    StepResult,
+    UnitEvent,
+)
 from nextgpu_node.sdk.outcome import error_for, status_error
 from nextgpu_protocol.codec import decode_message_untrusted
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
@@ -43,6 +50,8 @@ class Inbox:
                 return self._result(record)
             case RecordKind.CHECKPOINT:
                 return self._checkpoint(record)
+            case RecordKind.FINAL:
+                return self._final(record)
             case RecordKind.STARTED:
                 return [Started()]
             case RecordKind.DONE:
@@ -65,25 +74,33 @@ class Inbox:
 
     def _result(self, record: Record) -> list[UnitEvent]:
         reader = self._reader(self._spec.ys)
-        reader.feed(record.body)
+        reader.feed_untrusted(record.body)
         if record.more:
             return []
         self._image = None
         self._results += 1
-        return [StepResult(index=self._results - 1, tensors=reader.finish())]
+        return [StepResult(index=self._results - 1, tensors=reader.finish_untrusted())]
+
+    def _final(self, record: Record) -> list[UnitEvent]:
+        reader = self._reader(self._spec.finish_ys)
+        reader.feed_untrusted(record.body)
+        if record.more:
+            return []
+        self._image = None
+        return [FinalResult(tensors=reader.finish_untrusted())]
 
     def _checkpoint(self, record: Record) -> list[UnitEvent]:
         missing = _STEPS_BYTES - len(self._prefix)
         self._prefix += record.body[:missing]
         reader = self._reader(self._spec.carry)
         if len(record.body) > missing:
-            reader.feed(record.body[missing:])
+            reader.feed_untrusted(record.body[missing:])
         if record.more:
             return []
         steps = int.from_bytes(self._prefix)
         self._image = None
         self._prefix.clear()
-        return [Checkpoint(steps=steps, carry=reader.finish())]
+        return [Checkpoint(steps=steps, carry=reader.finish_untrusted())]
 
     def _reader(self, expected: Sequence[TensorSpec]) -> TensorImageReader:
         if self._image is None:

@@ -27,7 +27,7 @@ from nextgpu_protocol.framing import FrameKind
 from nextgpu_protocol.limits import MAX_MANIFEST_BYTES
 from nextgpu_protocol.local import Assignment
 from nextgpu_protocol.messages import Offer, UnitHeader
-from nextgpu_protocol.program import ProgramSpec, TensorSpec, decode_program_untrusted
+from nextgpu_protocol.program import TensorSpec, decode_program_untrusted
 from nextgpu_protocol.program_limits import MAX_PROGRAM_BYTES
 from nextgpu_protocol.records import (
     Record,
@@ -142,9 +142,8 @@ class Scan:
         self._image: TensorImageReader | None = None
         self._continued: RecordKind | None = None
         self._manifest: UnitManifest | None = None
-        self._spec: ProgramSpec | None = None
         self._machine: Machine | None = None
-        self._awaited = RecordKind.MANIFEST
+        self._awaited: tuple[RecordKind, ...] = (RecordKind.MANIFEST,)
         self._steps = 0
         self._unflushed = False
         self._run_s = 0.0
@@ -155,9 +154,9 @@ class Scan:
 
     def take_untrusted(self, record: Record) -> None:
         """One record, or one fragment of it."""
-        if self._continued not in (None, record.kind) or record.kind is not self._awaited:
+        if self._continued not in (None, record.kind) or record.kind not in self._awaited:
             raise RemoteProtocolError(
-                ErrorCode.UNEXPECTED_MESSAGE, f"{record.kind.name}, not {self._awaited.name}"
+                ErrorCode.UNEXPECTED_MESSAGE, f"{record.kind.name}, not {self._awaited[0].name}"
             )
         self._continued = record.kind if record.more else None
         match record.kind:
@@ -166,7 +165,7 @@ class Scan:
             case RecordKind.PROGRAM:
                 self._collect(record, MAX_PROGRAM_BYTES)
             case _:
-                self._reader().feed(record.body)
+                self._reader(record.kind).feed_untrusted(record.body)
         if not record.more:
             self._complete(record.kind)
 
@@ -178,9 +177,11 @@ class Scan:
 
     def finish(self) -> UnitSummary:
         """The input is complete: what was done in all."""
-        if self._continued is not None or self._awaited is not RecordKind.STEP:
-            raise RemoteProtocolError(ErrorCode.TRUNCATED, f"{self._awaited.name} is missing")
+        if self._continued is not None or RecordKind.STEP not in self._awaited:
+            raise RemoteProtocolError(ErrorCode.TRUNCATED, f"{self._awaited[0].name} is missing")
         assert self._manifest is not None
+        if self._the_machine.spec.finish is not None:
+            self._outbox.write(RecordKind.FINAL, encode_tensors(self._the_machine.finish()))
         if self._manifest.return_carry:
             self._send_checkpoint()
         return UnitSummary(
@@ -195,31 +196,33 @@ class Scan:
             raise RemoteProtocolError(ErrorCode.TOO_LARGE, record.kind.name)
         self._body += record.body
 
-    def _reader(self) -> TensorImageReader:
+    def _reader(self, kind: RecordKind) -> TensorImageReader:
         if self._image is None:
-            self._image = TensorImageReader(self._expected(), max_bytes=self._limits.live_bytes)
+            expected = self._expected(kind)
+            self._image = TensorImageReader(expected, max_bytes=self._limits.live_bytes)
         return self._image
 
-    def _expected(self) -> tuple[TensorSpec, ...]:
-        assert self._spec is not None
-        match self._awaited:
+    def _expected(self, kind: RecordKind) -> tuple[TensorSpec, ...]:
+        spec = self._the_machine.spec
+        match kind:
             case RecordKind.CONSTANTS:
-                return self._spec.constants
+                return spec.constants
             case RecordKind.CARRY:
-                return self._spec.carry
+                return spec.carry
             case _:
-                return self._spec.xs
+                return spec.xs
 
     def _complete(self, kind: RecordKind) -> None:
         match kind:
             case RecordKind.MANIFEST:
                 self._manifest = decode_message_untrusted(UnitManifest, self._take_body())
-                self._awaited = RecordKind.PROGRAM
+                self._awaited = (RecordKind.PROGRAM,)
             case RecordKind.PROGRAM:
                 self._load_program()
-                self._awaited = RecordKind.CONSTANTS
+                self._awaited = (RecordKind.CONSTANTS,)
             case RecordKind.CONSTANTS:
-                self._load_constants()
+                self._the_machine.load_constants(self._take_tensors())
+                self._await_carry_or_start()
             case RecordKind.CARRY:
                 self._the_machine.load_carry(self._take_tensors())
                 self._start()
@@ -227,26 +230,31 @@ class Scan:
                 self._step()
 
     def _load_program(self) -> None:
-        self._spec = decode_program_untrusted(self._take_body())
+        spec = decode_program_untrusted(self._take_body())
         self._machine = Machine(
-            self._spec, device=self._limits.device, max_live_bytes=self._limits.live_bytes
+            spec, device=self._limits.device, max_live_bytes=self._limits.live_bytes
         )
 
-    def _load_constants(self) -> None:
-        assert self._spec is not None
-        self._the_machine.load_constants(self._take_tensors())
-        if self._spec.carry:
-            self._awaited = RecordKind.CARRY
-        else:
-            self._start()
+    def _await_carry_or_start(self) -> None:
+        spec = self._the_machine.spec
+        if spec.carry and spec.init is None:
+            self._awaited = (RecordKind.CARRY,)
+            return
+        if spec.init is not None:
+            self._the_machine.init_carry()
+        self._start()
+        if spec.init is not None:
+            # Going on from a checkpoint: the sent state takes the place of the computed one.
+            self._awaited = (RecordKind.STEP, RecordKind.CARRY)
 
     def _start(self) -> None:
-        self._awaited = RecordKind.STEP
+        self._awaited = (RecordKind.STEP,)
         self._loaded_s = self._checkpoint_s = time.monotonic()
         self._outbox.write(RecordKind.STARTED)
         self._outbox.flush()
 
     def _step(self) -> None:
+        self._awaited = (RecordKind.STEP,)
         began_s = time.monotonic()
         outcome = self._the_machine.step(self._take_tensors())
         # The copy to host memory below waits for the device, so it belongs to the step.
@@ -283,6 +291,7 @@ class Scan:
         return body
 
     def _take_tensors(self) -> dict[str, torch.Tensor]:
-        tensors = self._reader().finish()
+        assert self._image is not None
+        tensors = self._image.finish_untrusted()
         self._image = None
         return tensors

@@ -37,6 +37,7 @@ class RecordKind(IntEnum):
     CHECKPOINT = 18  # u64 steps done ‖ safetensors image of the carry
     DONE = 19  # UnitSummary
     FAILED = 20  # Refusal: code and detail
+    FINAL = 21  # safetensors image: the outputs of the finish graph
 
 
 @dataclass(frozen=True, slots=True)

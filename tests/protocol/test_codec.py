@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nextgpu_protocol.codec import decode_message_untrusted, encode_message
 from nextgpu_protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from nextgpu_protocol.ids import PeerKey
 from nextgpu_protocol.limits import MAX_LIST_ITEMS, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES
 from nextgpu_protocol.local import Assignment, Connect, SignDraft
 from nextgpu_protocol.messages import Capacity, DeviceInfo, Refusal, UnitRequest
@@ -70,7 +71,7 @@ def test_every_trailing_byte_is_malformed(message: Any) -> None:
 
 def decodes_canonically_or_raises_the_one_error(cls: type, data: bytes) -> None:
     try:
-        message = decode_message_untrusted(cls, data)
+        message: Any = decode_message_untrusted(cls, data)
     except RemoteProtocolError:
         return
     assert encode_message(message) == data
@@ -243,6 +244,16 @@ def test_a_field_type_that_the_wire_does_not_have_is_our_own_error() -> None:
 
     with pytest.raises(LocalProtocolError, match="float"):
         encode_message(Wrong(1.0))
+
+
+def test_a_named_type_is_read_as_what_it_names() -> None:
+    @dataclass(frozen=True)
+    class Named:
+        key: PeerKey
+
+    message = Named(PeerKey(b"k"))
+    assert decode_message_untrusted(Named, encode_message(message)) == message
+    assert fails(Named, msgpack.packb(["k"])) is ErrorCode.MALFORMED
 
 
 def test_a_request_is_small() -> None:

@@ -14,6 +14,7 @@ from nacl.signing import SigningKey
 from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.envelope import (
     TYPE_NAMES,
+    Signed,
     domain,
     hash_of,
     open_envelope_untrusted,
@@ -45,7 +46,7 @@ def rebuilt(data: bytes, index: int, value: Any) -> bytes:
 def test_a_signed_message_opens_to_itself_and_its_signer(cls: type) -> None:
     message, key = samples.SIGNED[cls]
     signed = samples.signed(cls)
-    opened = open_envelope_untrusted(cls, signed.data)
+    opened: Signed[Any] = open_envelope_untrusted(cls, signed.data)
     assert opened == signed
     assert opened.message == message
     assert opened.signer == bytes(key.verify_key)

@@ -1,4 +1,4 @@
-"""The published vectors: the implementation agrees with each, and they are what the script makes."""
+"""The published vectors: the implementation agrees with each, and the script makes them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A second, slow secretstream in plain Python, written from protocol/spec/50-sealing.md#secretstream.
+"""A second, slow secretstream in plain Python.  Spec: 50-sealing.md#secretstream
 
-It shares no code with libsodium, so it shows that the page says enough; and it opens the inside of
-a chunk to the tests that forge one.  Never for real data: nothing here is constant-time.
+It shares no code with libsodium, so it shows that the page says enough, and it opens the inside
+of a chunk to the tests that forge one.  Never for real data: nothing here is constant-time.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -35,8 +36,19 @@ async def start(
 async def until(condition: Callable[[], object], deadline_s: float = 5) -> None:
     """Wait for a condition that no event announces."""
     with trio.fail_after(deadline_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  the library announces nothing
             await trio.sleep(0.005)
+
+
+async def find(network: Network, key: bytes, wanted: set[str]) -> None:
+    """Wait until `wanted` is found: an announcement is fire-and-forget and takes a moment."""
+    with trio.fail_after(5):
+        while set(await network.find_providers(key)) != wanted:  # noqa: ASYNC110
+            await trio.sleep(0.02)
+
+
+def open_fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def echo(stream: PeerStream) -> None:

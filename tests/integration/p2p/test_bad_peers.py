@@ -10,9 +10,8 @@ import trio
 
 from nextgpu_node.errors import PeerLost
 from nextgpu_node.p2p.hardening import DHT_PROTOCOL
-from nextgpu_node.p2p.network import Network
 from nextgpu_node.p2p.streams import PeerStream
-from tests.integration.p2p.nodes import ECHO, ask, echo, port_of, start, until
+from tests.integration.p2p.nodes import ECHO, ask, echo, find, open_fds, port_of, start, until
 
 
 async def still_serves(address: str) -> bool:
@@ -134,7 +133,9 @@ async def test_one_peers_streams_are_capped_and_come_back() -> None:
         await release.wait()
 
     async with trio.open_nursery() as nursery:
-        _, address = await start(nursery, {"/test/hold/1": hold, ECHO: echo}, max_streams_per_peer=8)
+        _, address = await start(
+            nursery, {"/test/hold/1": hold, ECHO: echo}, max_streams_per_peer=8
+        )
         node, _ = await start(nursery)
         peer_id = await node.connect(address)
         held = [await node.open_stream(peer_id, "/test/hold/1") for _ in range(8)]
@@ -155,7 +156,7 @@ async def test_three_hundred_visitors_leave_nothing_behind() -> None:
         host, address = await start(nursery, {ECHO: echo}, max_connections=20)
         await still_serves(address)
         await until(lambda: host.connected_peers() == 0)
-        fds, tasks = count_fds(), trio.lowlevel.current_statistics().tasks_living
+        fds, tasks = open_fds(), trio.lowlevel.current_statistics().tasks_living
         async with trio.open_nursery() as visits:
             slots = trio.CapacityLimiter(8)
 
@@ -169,13 +170,9 @@ async def test_three_hundred_visitors_leave_nothing_behind() -> None:
                 visits.start_soon(visit)
         await until(lambda: host.connected_peers() == 0)
         await until(lambda: trio.lowlevel.current_statistics().tasks_living <= tasks)
-        assert count_fds() <= fds
+        assert open_fds() <= fds
         assert await still_serves(address)
         nursery.cancel_scope.cancel()
-
-
-def count_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 async def test_idle_dht_streams_of_one_peer_do_not_stop_the_dht() -> None:
@@ -194,14 +191,8 @@ async def test_idle_dht_streams_of_one_peer_do_not_stop_the_dht() -> None:
             except PeerLost:
                 continue
         await provider.announce([key])
-        await finds(seeker, key, provider.peer_id)
+        await find(seeker, key, {provider.peer_id})
         nursery.cancel_scope.cancel()
-
-
-async def finds(seeker: Network, key: bytes, peer_id: str) -> None:
-    with trio.fail_after(3):
-        while await seeker.find_providers(key) != [peer_id]:
-            await trio.sleep(0.02)
 
 
 async def test_ipv6_works_where_the_machine_has_it() -> None:

@@ -6,15 +6,16 @@ are those of docs/libp2p-defects.md.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from libp2p import create_mplex_muxer_option, new_host
+from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.exceptions import BaseLibp2pError
@@ -29,6 +30,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.secio import transport as secio
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
+from libp2p.stream_muxer.mplex.mplex import MPLEX_PROTOCOL_ID, Mplex
 from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE
 from libp2p.stream_muxer.yamux.yamux import Yamux as StockYamux
 from libp2p.stream_muxer.yamux.yamux import YamuxStream as StockStream
@@ -41,6 +43,14 @@ from nextgpu_node.p2p.hardening import DHT_PROTOCOL
 from nextgpu_node.p2p.network import Network
 from tests.integration.p2p.nodes import ECHO, ask, echo, port_of, settings, start, until
 from tests.unit.p2p.muxed import RawPeer, noise_pair, peer
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    """Let what a test leaked be reported by that test and no later one."""
+    yield
+    gc.collect()
+
 
 ANYWHERE = Multiaddr("/ip4/127.0.0.1/tcp/0")
 
@@ -85,9 +95,7 @@ async def test_1_stock_listener_is_full_for_ever() -> None:
         for _ in range(4):
             async with stock_host(security={NOISE_ID: noise}) as (visitor, _):
                 outcomes.append(await connects(visitor, address))
-            with trio.move_on_after(1):
-                while host.get_network().connections:
-                    await trio.sleep(0.01)
+            await until(lambda: not host.get_network().connections)
         assert not host.get_network().connections
         assert outcomes == [True, True, True, False]
 
@@ -95,7 +103,7 @@ async def test_1_stock_listener_is_full_for_ever() -> None:
 async def test_1_our_listener_takes_the_next_one() -> None:
     async with trio.open_nursery() as nursery:
         host, address = await start(nursery, {ECHO: echo}, max_connections=3)
-        for _ in range(8):
+        for _ in range(4):
             async with stock_host(security={NOISE_ID: noise}) as (visitor, _):
                 assert await connects(visitor, address)
             await until(lambda: not host.connected_peers())
@@ -107,7 +115,7 @@ async def test_1_our_listener_takes_the_next_one() -> None:
 WEAK = {
     "plaintext": {"security": {PLAINTEXT_PROTOCOL_ID: InsecureTransport}},
     "secio": {"security": {secio.ID: secio.Transport}},
-    "mplex": {"security": {NOISE_ID: noise}, "muxer_opt": create_mplex_muxer_option()},
+    "mplex": {"security": {NOISE_ID: noise}, "muxer_opt": {MPLEX_PROTOCOL_ID: Mplex}},
 }
 
 
@@ -119,7 +127,10 @@ async def test_2_stock_host_accepts_weak_security(weak: str) -> None:
 
 @pytest.mark.parametrize("weak", list(WEAK))
 async def test_2_our_host_refuses_it_in_both_directions(weak: str) -> None:
-    async with stock_host(**WEAK[weak]) as (caller, callers_address), trio.open_nursery() as nursery:
+    async with (
+        stock_host(**WEAK[weak]) as (caller, callers_address),
+        trio.open_nursery() as nursery,
+    ):
         ours, address = await start(nursery, {ECHO: echo})
         assert not await connects(caller, address)
         with pytest.raises(PeerLost):
@@ -131,11 +142,13 @@ async def test_2_our_host_refuses_it_in_both_directions(weak: str) -> None:
 # 3: an exception in any handler ends the host.
 
 
+# The dying host leaves its socket to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_3_stock_host_dies_of_a_handler() -> None:
     async def broken(_: Any) -> None:
         raise RuntimeError("a bug")
 
-    with pytest.raises(BaseExceptionGroup) as caught:
+    with pytest.raises(BaseExceptionGroup) as caught:  # noqa: PT012
         async with stock_host(security={NOISE_ID: noise}) as (host, address):
             host.set_stream_handler("/test/broken/1", broken)
             async with stock_host(security={NOISE_ID: noise}) as (caller, _):
@@ -184,7 +197,8 @@ async def test_5_stock_writer_gives_up(autojump_clock: trio.testing.MockClock) -
     assert trio.current_time() - started == pytest.approx(5, abs=0.1)
 
 
-# Ours: test_yamux.test_a_reader_may_pause_for_minutes, test_network.test_a_slow_reader_loses_nothing
+# Ours: test_yamux.test_a_reader_may_pause_for_minutes,
+# test_network.test_a_slow_reader_loses_nothing
 
 
 # 7: idle DHT streams of one peer occupy all handlers.
@@ -205,16 +219,19 @@ async def test_7_idle_streams_of_one_peer(stock: bool, monkeypatch: pytest.Monke
                 held.append(await attacker.open_stream(peer_id, DHT_PROTOCOL))
         await trio.testing.wait_all_tasks_blocked(0.05)
         other, _ = await start(nursery, dht_mode="client")
-        stream = await other.open_stream(await other.connect(address), DHT_PROTOCOL)
-        ping = b"\x02\x08\x05"  # length, then field 1 (type) = 5 (PING)
-        if stock:
-            with pytest.raises(PeerLost):
-                await stream.send_all(ping)
-                await stream.receive_some()
-        else:
-            await stream.send_all(ping)
-            assert await stream.receive_some()
+        await other.connect(address)
+        answered = await dht_pings(other, peer_id)
+        assert answered is not stock
         nursery.cancel_scope.cancel()
+
+
+async def dht_pings(node: Network, peer_id: str) -> bool:
+    try:
+        stream = await node.open_stream(peer_id, DHT_PROTOCOL)
+        await stream.send_all(b"\x02\x08\x05")  # length, then field 1 (type) = 5 (PING)
+        return bool(await stream.receive_some())
+    except PeerLost:
+        return False
 
 
 # 8: a lost connection looks like the end of the stream.
@@ -227,9 +244,7 @@ async def test_8_a_lost_connection(muxer: Any, seen: type[Exception]) -> None:
     ours, theirs = await noise_pair()
     ends = []
     for session, is_initiator in ((ours, True), (theirs, False)):
-        extra = (
-            {"limits": y.MuxLimits(), "budget": y.ReceiveBudget()} if muxer is y.Yamux else {}
-        )
+        extra = {"limits": y.MuxLimits(), "budget": y.ReceiveBudget()} if muxer is y.Yamux else {}
         ends.append(muxer(session, peer("aaaa"), is_initiator=is_initiator, **extra))
     async with trio.open_nursery() as nursery:
         for end in ends:
@@ -306,13 +321,16 @@ async def test_11_stock_auto_connector_dials_whom_it_knows_and_ours_does_not() -
         _, address = await start(nursery)
         ours, _ = await start(nursery)
         assert ours._host is not None
+        await trio.testing.wait_all_tasks_blocked(0.05)  # the DHT's first look around
         info = info_from_p2p_addr(Multiaddr(address))
         ours._host.get_peerstore().add_addrs(info.peer_id, info.addrs, 100)
         swarm = ours._host.get_network()
         await swarm.auto_connector.maybe_connect()
         await trio.testing.wait_all_tasks_blocked(0.05)
         assert ours.connected_peers() == 0
-        await AutoConnector(swarm=swarm).maybe_connect()
+        stock = AutoConnector(swarm=swarm)
+        await stock.start()
+        await stock.maybe_connect()
         await until(lambda: ours.connected_peers() == 1)
         nursery.cancel_scope.cancel()
 

@@ -22,6 +22,8 @@ from tests.integration.p2p.nodes import (
     ECHO,
     ask,
     echo,
+    find,
+    open_fds,
     port_of,
     read_all,
     settings,
@@ -34,17 +36,10 @@ KEY = hashlib.sha256(b"capability").digest()
 MIB = 1 << 20
 
 
-async def find(network: Network, key: bytes, wanted: set[str]) -> None:
-    """Until `wanted` is found: an announcement is fire-and-forget and takes a moment."""
-    with trio.fail_after(5):
-        while set(await network.find_providers(key)) != wanted:
-            await trio.sleep(0.02)
-
-
 async def test_a_provider_is_found_by_capability_and_reached_by_its_id_alone() -> None:
     payload = os.urandom(8 * MIB)
     async with trio.open_nursery() as nursery:
-        bootstrap, address = await start(nursery)
+        _, address = await start(nursery)
         provider, _ = await start(nursery, {ECHO: echo}, bootstrap=(address,))
         submitter, _ = await start(nursery, bootstrap=(address,), dht_mode="client")
         await until(lambda: table_size(provider) >= 1 and table_size(submitter) >= 1)
@@ -252,7 +247,7 @@ async def test_a_reset_reaches_the_peer_as_a_loss() -> None:
 
 
 async def test_shutdown_closes_every_socket_quickly() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     async with trio.open_nursery() as nursery:
         _, address = await start(nursery, {ECHO: echo})
         nodes = [(await start(nursery, bootstrap=(address,)))[0] for _ in range(5)]
@@ -263,7 +258,7 @@ async def test_shutdown_closes_every_socket_quickly() -> None:
         nursery.cancel_scope.cancel()
         started = trio.current_time()
     assert trio.current_time() - started < 2
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert open_fds() <= before
 
 
 def read_address(lines: Iterable[str]) -> str:
@@ -291,7 +286,7 @@ SERVER = """
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 async def test_a_peer_that_vanishes_mid_transfer_is_noticed(end: signal.Signals) -> None:
-    server = subprocess.Popen(
+    server = subprocess.Popen(  # noqa: ASYNC220  it starts nothing that blocks
         [sys.executable, "-c", textwrap.dedent(SERVER)], stdout=subprocess.PIPE, text=True
     )
     try:
@@ -305,7 +300,7 @@ async def test_a_peer_that_vanishes_mid_transfer_is_noticed(end: signal.Signals)
                 assert await stream.receive_some()
             server.send_signal(end)
             started = trio.current_time()
-            with pytest.raises(PeerLost):
+            with pytest.raises(PeerLost):  # noqa: PT012
                 while await stream.receive_some():
                     pass
             assert trio.current_time() - started < (0.5 if end == signal.SIGKILL else 2)

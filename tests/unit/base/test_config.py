@@ -81,7 +81,7 @@ def test_flag_beats_variable_beats_user_beats_system_beats_default(paths: Paths)
     [
         ("[sharing]\nmax_memry = 1", "sharing.max_memory"),
         ("[sharing]\nmax_memory_bytes = 1", "sharing.max_memory"),
-        ("[shring]\nenabled = true", "sharing"),
+        ("[shring]\nenabled = true", "Did you mean [sharing]?"),
         ("[network]\nenabled = true", "sharing.enabled"),
         ("enabled = true", "sharing.enabled"),
         ("[sharing]\nzzzzzz = 1", "docs/configuration.md"),

@@ -63,7 +63,11 @@ def peer(name: str) -> ID:
 
 
 def yamux(
-    session: Any, *, is_initiator: bool, limits: MuxLimits | None = None, unread_bytes: int = 1 << 28
+    session: Any,
+    *,
+    is_initiator: bool,
+    limits: MuxLimits | None = None,
+    unread_bytes: int = 1 << 28,
 ) -> Yamux:
     return Yamux(
         session,
@@ -97,7 +101,9 @@ class RawPeer:
         self.pipe = NoisePipe(session)
         self._buffer = b""
 
-    async def send(self, kind: int, flags: int, stream_id: int, length: int, body: bytes = b"") -> None:
+    async def send(
+        self, kind: int, flags: int, stream_id: int, length: int, body: bytes = b""
+    ) -> None:
         await self.pipe.send([_HEADER.pack(0, kind, flags, stream_id, length) + body])
 
     async def next_frame(self) -> tuple[int, int, int, int]:

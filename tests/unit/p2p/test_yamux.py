@@ -173,7 +173,7 @@ async def test_a_closed_stream_refuses_more_and_resets_a_talking_peer() -> None:
             await here.write(b"x")
         with pytest.raises(MuxedStreamEOF):
             await there.read(1)
-        with pytest.raises(MuxedStreamReset):
+        with pytest.raises(MuxedStreamReset):  # noqa: PT012
             while True:
                 await there.write(bytes(1000))
         assert not right._streams
@@ -218,6 +218,10 @@ async def test_a_peer_that_answers_is_kept(autojump_clock: trio.testing.MockCloc
 
 
 # What a hostile peer may try.
+
+
+async def never_done(_: bytes) -> None:
+    await trio.sleep_forever()
 
 
 async def is_dropped(victim: Yamux) -> bool:
@@ -295,7 +299,7 @@ async def test_streams_beyond_the_cap_are_refused_one_by_one() -> None:
 async def test_a_peer_that_reads_no_answers_is_dropped() -> None:
     async with attacked() as (raw, victim):
         # A socket in memory is never full; this is what one does that nobody reads from.
-        victim._pipe._socket.send_all = lambda _: trio.sleep_forever()  # type: ignore[method-assign]
+        victim._pipe._socket.send_all = never_done  # type: ignore[method-assign]
         ping = y._HEADER.pack(0, y.PING, y.SYN, 0, 1)
         with trio.move_on_after(2):
             with suppress(PipeClosed):

@@ -1,0 +1,144 @@
+"""Attacks from inside a real worker, by code with all the rights that a worker has."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from nextgpu_node.sandbox.launcher import Launcher, WorkerExit
+from tests.support import attack_worker
+from tests.support.sandbox import (
+    ATTACK_WORKER,
+    SMALL,
+    attacked_host,
+    order,
+    read_frame,
+    running_launcher,
+    verdict,
+)
+
+pytestmark = [
+    pytest.mark.sandbox,
+    pytest.mark.skipif(
+        platform.machine() != "x86_64", reason="the attacks use x86_64 system call numbers"
+    ),
+]
+
+
+async def _attack_all(directory: Path) -> dict[str, dict[str, Any]]:
+    verdicts = {}
+    with attacked_host(directory) as facts:
+        async with running_launcher(directory, ATTACK_WORKER) as launcher:
+            worker = await launcher.spawn(SMALL)
+            for name in attack_worker.ATTACKS:
+                verdicts[name] = await verdict(worker, name, facts)
+                if verdicts[name].get("died"):
+                    await worker.finish()
+                    worker = await launcher.spawn(SMALL)
+            await worker.finish()
+    return verdicts
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every attack that leaves its worker alive, made once."""
+    return trio.run(_attack_all, tmp_path_factory.mktemp("attacked"))
+
+
+@pytest.mark.parametrize("name", sorted(attack_worker.ATTACKS))
+def test_attack_is_blocked(name: str, verdicts: dict[str, dict[str, Any]]) -> None:
+    assert not verdicts[name]["open"], verdicts[name]["detail"]
+    assert "died" not in verdicts[name], "blocked, but at the price of the worker"
+
+
+async def _end_of(launcher: Launcher, attack: str, **changes: Any) -> WorkerExit:
+    policy = SMALL if not changes else type(SMALL)(**{**_fields(), **changes})
+    worker = await launcher.spawn(policy)
+    await order(worker, attack, {})
+    with trio.fail_after(20):
+        exit_ = await worker.wait()
+    report = await worker.finish()
+    assert report.complete, report
+    return exit_
+
+
+def _fields() -> dict[str, Any]:
+    return {name: getattr(SMALL, name) for name in type(SMALL).__slots__}
+
+
+@pytest.mark.parametrize("attack", ["int80", "x32"])
+async def test_foreign_system_call_tables_kill_the_worker(attack: str, tmp_path: Path) -> None:
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        exit_ = await _end_of(launcher, attack)
+    assert (exit_.reason, exit_.signal) == ("signalled", 31)  # SIGSYS
+
+
+@pytest.mark.parametrize("attack", ["segfault", "abort"])
+async def test_crash_is_reported_and_the_next_worker_runs(attack: str, tmp_path: Path) -> None:
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        exit_ = await _end_of(launcher, attack)
+        assert exit_.reason == "signalled"
+        again = await launcher.spawn(SMALL)
+        await again.finish()
+
+
+async def test_cpu_limit_ends_a_busy_loop(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        exit_ = await _end_of(launcher, "cpu_loop", cpu_s=1)
+    assert exit_.reason == "cpu-limit"
+    assert 0.9 <= exit_.cpu_s < 2
+
+
+async def test_wall_limit_ends_a_sleeper(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        exit_ = await _end_of(launcher, "sleep", wall_s=0.3)
+    assert exit_.reason == "timeout"
+    assert exit_.wall_s < 2
+
+
+async def test_memory_error_inside_is_not_a_kill(tmp_path: Path) -> None:
+    """The unit's code sees MemoryError, and can say so in words, before any limit kills it."""
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        worker = await launcher.spawn(SMALL)
+        answer = await verdict(worker, "touch_memory", {})
+        await worker.finish()
+    assert answer["detail"].startswith("MemoryError")
+
+
+async def test_finish_kills_a_worker_that_ignores_signals(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        worker = await launcher.spawn(SMALL)
+        assert (await verdict(worker, "ignore_signals", {}))["detail"] == "ignoring"
+        report = await worker.finish()
+        assert report.complete
+        assert (await worker.wait()).reason == "killed"
+
+
+async def test_output_flood_waits_for_the_reader(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        worker = await launcher.spawn(SMALL)
+        await order(worker, "output_flood", {})
+        kind, body = await read_frame(worker.stream)
+        assert len(body) == 4095
+        assert (await worker.finish()).complete
+
+
+async def test_descriptor_sent_to_a_worker_does_not_arrive(tmp_path: Path) -> None:
+    """recv(2) drops what a sender attaches; the worker has no other call."""
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        worker = await launcher.spawn(SMALL)
+        with (tmp_path / "file").open("w") as file, attacked_host(tmp_path) as facts:
+            import array
+            import socket
+
+            ancillary = [
+                (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))
+            ]
+            await worker._slot.stream.socket.sendmsg([b""], ancillary)
+            answer = await verdict(worker, "inherited_descriptors", facts)
+        await worker.finish()
+    assert not answer["open"], answer
