@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from nextgpu_node.errors import UsageError
+from nextgpu_node.errors import ProgramError, UsageError
 from nextgpu_node.graph.artifact import Program
 from nextgpu_node.graph.tensors import DTYPE_NAMES, SymbolBinding
 from nextgpu_protocol.errors import RemoteProtocolError
@@ -29,6 +29,10 @@ def load_program(path: Path) -> Program:
         return Program.load(path)
     except OSError as exc:
         raise UsageError(f"{path}: can not be read: {exc.strerror}.") from exc
+    except ProgramError as exc:
+        if str(path) in str(exc):
+            raise
+        raise ProgramError(f"{path}: {exc}") from exc
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ def _peer_row(peer: PeerView) -> tuple[str, ...]:
     devices = ", ".join(device_name(device, where="there") for device in peer.devices)
     memory = ", ".join(human_bytes(device.memory_free_bytes) for device in peer.devices)
     slots = str(peer.free_slots) if peer.sharing else f"0: {peer.reason}"
-    isolation = ", ".join(peer.isolation)
+    # Over a dozen names; --json has them all.
+    isolation = f"{len(peer.isolation)} layers" if peer.isolation else "none"
     return (peer.peer_id, devices, memory, slots, f"{peer.latency_ms:.0f} ms", isolation)
 
 

@@ -31,6 +31,7 @@ from nextgpu_node.sdk.events import (
     UnitEvent,
 )
 from nextgpu_node.sdk.unit import Needs
+from nextgpu_protocol.ids import public_key_from_peer_id
 from nextgpu_protocol.messages import Offer, Receipt
 from nextgpu_protocol.records import UnitSummary
 
@@ -113,6 +114,8 @@ def _needs(
     submit = config.submit
     if max_seconds is not None and max_seconds < 1:
         raise UsageError("--max-seconds takes a whole number from 1 on.")
+    if peer is not None:
+        _check_peer_id(peer)
     return Needs(
         kind=kind or submit.device,
         device_memory_bytes=gigabytes("--vram", vram),
@@ -123,6 +126,13 @@ def _needs(
         output_bytes=decided("submit.max_output", submit.max_output_bytes),
         peer_id=peer,
     )
+
+
+def _check_peer_id(text: str) -> None:
+    try:
+        public_key_from_peer_id(text)
+    except ValueError as exc:
+        raise UsageError(f"--peer takes a peer ID as `nextgpu peers` shows it: {exc}.") from exc
 
 
 class _UnitRun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nextgpu_node.config import parse_size
 from nextgpu_node.errors import UsageError
+from nextgpu_protocol.limits import MAX_MEMORY_BYTES
 
 
 def gigabytes(option: str, text: str) -> int:
@@ -22,9 +23,16 @@ def gigabytes(option: str, text: str) -> int:
 def size(option: str, text: str) -> int:
     """Bytes of "2GB", "512 MiB" or "1048576" (bytes).  Raises UsageError naming `option`."""
     try:
-        return parse_size(text)
+        return _bounded(parse_size(text))
     except ValueError as exc:
         raise UsageError(f'{option} takes a size such as "2GB" or "512MiB", not {text!r}.') from exc
+
+
+def _bounded(size_bytes: int) -> int:
+    """More than the protocol can say is a slip of the keyboard."""
+    if size_bytes > MAX_MEMORY_BYTES:
+        raise ValueError(size_bytes)
+    return size_bytes
 
 
 def _is_number(text: str) -> bool:

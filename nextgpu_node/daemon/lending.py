@@ -44,7 +44,7 @@ from nextgpu_protocol.messages import (
     WipeStep,
 )
 from nextgpu_protocol.sealing import CiphertextHash, transcript_hash
-from nextgpu_protocol.session import Session
+from nextgpu_protocol.session import Session, SessionState
 
 log = structlog.get_logger()
 
@@ -182,8 +182,8 @@ class LentUnit:
             case core.Discard(code, detail):
                 self._stop_pumps()
                 await self._wipe_worker()
-                answered = self._running is None and self._offer_is_out
-                kind = FrameKind.ERROR if answered else FrameKind.REFUSAL
+                asked = self._session.state is SessionState.REQUESTED
+                kind = FrameKind.REFUSAL if asked else FrameKind.ERROR
                 await self._say_no(kind, code, detail)
             case _:
                 assert_never(effect)
@@ -402,14 +402,12 @@ class LentUnit:
                     return
 
     async def _say_no(self, kind: FrameKind, code: ErrorCode, detail: str) -> None:
-        log.info("unit.refused", code=code.name)
         self._over = True
+        if self._session.state is SessionState.CLOSED:
+            return  # the submitter has cancelled: it listens no more
+        log.info("unit.refused", code=code.name)
         with trio.move_on_after(_SEND_DEADLINE_S):
             await self._send(kind, encode_message(Refusal(int(code), detail[:200])))
-
-    @property
-    def _offer_is_out(self) -> bool:
-        return self._session.state.value == "offered"
 
     async def _send(self, kind: FrameKind, body: bytes = b"") -> None:
         self._session.sending(kind)

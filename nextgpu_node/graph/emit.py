@@ -18,7 +18,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from nextgpu_node.errors import ProgramError
-from nextgpu_node.graph.optable import TABLE, Kind, Row
+from nextgpu_node.graph.optable import ABSENT_NAMES, TABLE, Kind, Parameter, Row
 from nextgpu_node.graph.tensors import DTYPE_NAMES
 from nextgpu_protocol.program import (
     BOOL,
@@ -348,8 +348,7 @@ def _arrange(
     named: dict[str, Argument] = {}
     gap = False
     for parameter in row.parameters:
-        present = parameter.name in given and parameter.kind is not Kind.ABSENT
-        if not present:
+        if parameter.name not in given or parameter.name in ABSENT_NAMES:
             gap = True
             continue
         value = given[parameter.name]
@@ -358,11 +357,21 @@ def _arrange(
         ):
             value = (value,)
         _check_literals(node, value)
+        _check_choice(node, row, parameter, value)
         if gap or parameter.keyword_only:
             named[parameter.name] = value
         else:
             positional.append(value)
     return tuple(positional), named
+
+
+def _check_choice(node: torch.fx.Node, row: Row, parameter: Parameter, value: Value) -> None:
+    allowed = parameter.choices
+    if parameter.kind is Kind.ABSENT and allowed is None:
+        allowed = ()
+    if allowed is not None and value is not None and value not in allowed:
+        what = f"{row.op} with {parameter.name}={value!r} is not in the operator table"
+        _fail(node, what, "call .eval() on the model" if parameter.name in _TRAINING else _REWRITE)
 
 
 def _check_literals(node: torch.fx.Node, value: Value) -> None:
@@ -411,6 +420,8 @@ def _renumber(argument: Argument, numbers: dict[int, int]) -> Argument:
 # ---------------------------------------------------------------- messages
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)')
+_TRAINING = frozenset({"train", "training", "use_input_stats", "dropout_p"})
+_REWRITE = "write this line with other operators"
 _RANDOM = re.compile(r"aten\.(.*rand|.*dropout|bernoulli|multinomial|normal|exponential)")
 
 
@@ -428,7 +439,7 @@ def _refuse(node: torch.fx.Node, op: str) -> NoReturn:
     if _RANDOM.match(op):
         remedy = "call .eval() on the model, or draw the numbers first and pass them in"
     else:
-        remedy = "write this line with other operators"
+        remedy = _REWRITE
     _fail(node, f"the operator {op} is not in the operator table", remedy)
 
 

@@ -27,6 +27,7 @@ from torch.export.graph_signature import (
     OutputKind,
     TensorArgument,
 )
+from torch.fx.proxy import _register_stack_trace_anchor
 from torch.utils import _pytree as pytree
 
 from nextgpu_node.errors import ProgramError
@@ -101,6 +102,8 @@ def _trace(
     if not isinstance(module, torch.nn.Module):
         if not callable(module):
             raise ProgramError(f"A {type(module).__name__} is neither a module nor a function.")
+        # Without this, torch records the lines of modules only.
+        _register_stack_trace_anchor(module)
         module = _FunctionModule(module)
     inputs = _bind_inputs(module.forward, args, kwargs, names)
     shapes = None if dynamic is None else _dynamic_shapes(inputs, dynamic, names)

@@ -70,7 +70,7 @@ _KINDS: dict[str, Kind] = {
     "Device": Kind.ABSENT,
     "Layout": Kind.ABSENT,
 }
-_ABSENT_NAMES = frozenset({"device", "layout", "pin_memory", "non_blocking"})
+ABSENT_NAMES = frozenset({"device", "layout", "pin_memory", "non_blocking"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -724,7 +724,6 @@ _NETWORKS: tuple[OpOverload, ...] = (
     _aten.rms_norm.default,
     _aten.rnn_relu_cell.default,
     _aten.rnn_tanh_cell.default,
-    _aten.scaled_dot_product_attention.default,
     _aten.smooth_l1_loss.default,
     _aten.soft_margin_loss.default,
     _aten.triplet_margin_loss.default,
@@ -783,17 +782,18 @@ _TEXTS: dict[OpOverload, dict[str, tuple[str, ...]]] = {
     _aten.linalg_eigvalsh.default: {"UPLO": ("L", "U")},
 }
 
-# Layers that, when training, draw random numbers or write to their statistics in place.
-_INFERENCE_ONLY: dict[OpOverload, str] = {
-    _aten.batch_norm.default: "training",
-    _aten.instance_norm.default: "use_input_stats",
-    _aten.dropout.default: "train",
-    _aten.feature_dropout.default: "train",
-    _aten.alpha_dropout.default: "train",
-    _aten.lstm.input: "train",
-    _aten.gru.input: "train",
-    _aten.rnn_tanh.input: "train",
-    _aten.rnn_relu.input: "train",
+# Layers that, when training, draw random numbers or write to their statistics in place: the one
+# value that their flag may have.
+_INFERENCE_ONLY: dict[OpOverload, tuple[str, bool | float]] = {
+    _aten.batch_norm.default: ("training", False),
+    _aten.dropout.default: ("train", False),
+    _aten.feature_dropout.default: ("train", False),
+    _aten.alpha_dropout.default: ("train", False),
+    _aten.lstm.input: ("train", False),
+    _aten.gru.input: ("train", False),
+    _aten.rnn_tanh.input: ("train", False),
+    _aten.rnn_relu.input: ("train", False),
+    _aten.scaled_dot_product_attention.default: ("dropout_p", 0.0),
 }
 
 
@@ -1002,7 +1002,7 @@ def _parameter(argument: Any, choices: Mapping[str, tuple[Any, ...]]) -> Paramet
     type_text = str(argument.real_type)
     optional = type_text.startswith("Optional[")
     kind = _KINDS[type_text[len("Optional[") : -1] if optional else type_text]
-    if argument.name in _ABSENT_NAMES:
+    if argument.name in ABSENT_NAMES:
         kind = Kind.ABSENT
     allowed = choices.get(argument.name)
     if kind is Kind.TEXT and allowed is None:
@@ -1053,7 +1053,7 @@ def _build() -> dict[str, Row]:
     rows.append(Row("aten.sym_numel.default", _count_elements, (tensor,), "i", symbolic=True))
     rows += [_row(op) for group in _PLAIN for op in group]
     rows += [_row(op, texts) for op, texts in _TEXTS.items()]
-    rows += [_row(op, {flag: (False,)}) for op, flag in _INFERENCE_ONLY.items()]
+    rows += [_row(op, {flag: (value,)}) for op, (flag, value) in _INFERENCE_ONLY.items()]
     rows += [_row(op, texts, count) for op, (count, texts) in _LISTS.items()]
     return {row.op: row for row in rows}
 

@@ -21,6 +21,7 @@ import trio
 
 _MOUNT: Final = Path("/sys/fs/cgroup")
 _PREFIX: Final = "nextgpu-"
+_DAEMON_LEAF: Final = f"{_PREFIX}daemon"
 _RETRY_S: Final = 0.002
 
 
@@ -86,6 +87,20 @@ class Hierarchy:
         self.version = version
         self._parent = parent
 
+    def claim(self) -> None:
+        """v2: make room for workers' groups.  Raises OSError.
+
+        No process may stay in a group that hands controllers to its children, so this daemon,
+        and whatever its unit has started beside it, moves to a leaf.
+        """
+        if self.version == 1:
+            return
+        leaf = self._parent / _DAEMON_LEAF
+        leaf.mkdir(exist_ok=True)
+        for pid in _members(self._parent):
+            _set(leaf / "cgroup.procs", int(pid))
+        (self._parent / "cgroup.subtree_control").write_text("+memory +pids")
+
     def create(self, name: str, *, memory_bytes: int, pids: int) -> Group:
         """A new group with its limits set.  Raises OSError."""
         directory = self._parent / f"{_PREFIX}{name}"
@@ -129,34 +144,25 @@ def _find_v2(own: dict[str, str], mount: Path) -> Hierarchy | None:
     if "" not in own:
         return None
     group = mount / own[""].lstrip("/")
-    if group.name == f"{_PREFIX}daemon":  # a second launcher in this process
+    if group.name == _DAEMON_LEAF:  # a launcher of this process was here before
         group = group.parent
-    if not _is_delegated(group):
-        return None
     try:
         available = (group / "cgroup.controllers").read_text().split()
-        if not {"memory", "pids"} <= set(available):
-            return None
-        # No process may stay in a group that hands controllers to its children.
-        leaf = group / f"{_PREFIX}daemon"
-        leaf.mkdir(exist_ok=True)
-        for pid in _members(group):
-            _set(leaf / "cgroup.procs", int(pid))
-        (group / "cgroup.subtree_control").write_text("+memory +pids")
     except OSError:
+        return None
+    if not {"memory", "pids"} <= set(available) or not _is_delegated(group):
         return None
     return Hierarchy(2, group)
 
 
 def _is_delegated(group: Path) -> bool:
-    """Root may write everywhere: it needs systemd's mark.  Others: what they may write to."""
-    if os.geteuid() == 0:
-        for name in ("trusted.delegate", "user.delegate"):
-            with contextlib.suppress(OSError):
-                if os.getxattr(group, name) == b"1":
-                    return True
-        return False
-    return os.access(group, os.W_OK) and os.access(group / "cgroup.procs", os.W_OK)
+    """systemd marks what it delegates.  To be able to write is no permission: a user may write to
+    the scope of a terminal, and everything else that runs there would have to move."""
+    for name in ("trusted.delegate", "user.delegate"):
+        with contextlib.suppress(OSError):
+            if os.getxattr(group, name) == b"1":
+                return os.access(group / "cgroup.procs", os.W_OK)
+    return False
 
 
 def _find_v1(own: dict[str, str], mount: Path) -> Hierarchy | None:

@@ -16,8 +16,6 @@ import random
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -37,6 +35,7 @@ from nextgpu_node.sandbox.policy import (
     plan_worker,
 )
 from nextgpu_node.sandbox.wipe import WipeReport
+from nextgpu_node.sandbox.zygote_process import start_zygote
 from nextgpu_protocol.errors import RemoteProtocolError
 from nextgpu_protocol.framing import HEAD_BYTES, FrameDecoder, FrameKind
 
@@ -54,14 +53,6 @@ _SOUND_AFTER_S: Final = 60.0
 # Ids that Debian Policy 9.2.2 leaves to no account.  One for each live worker: the kernel counts
 # threads per id.
 _SPARE_UIDS: Final = range(64000, 65000)
-_ZYGOTE_ENVIRONMENT: Final = {
-    # numpy's import would start threads, and a fork needs a process with one.
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    # A child can not use CUDA that its parent has initialised: torch must only ask NVML.
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-}
-
 ExitReason = Literal["exited", "signalled", "oom", "timeout", "cpu-limit", "killed", "lost"]
 
 
@@ -224,23 +215,7 @@ class _Zygote:
     """One zygote process and the control socket to it."""
 
     def __init__(self, module: str) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            # Not by trio's run_process: its helper thread ends after a while, and the zygote is
-            # bound to the life of the thread that started it (PR_SET_PDEATHSIG, prctl(2)).
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-m", "nextgpu_node.sandbox.zygote"),
-                    *("--worker-module", module, "--control-fd", str(theirs.fileno())),
-                ],
-                env=_ZYGOTE_ENVIRONMENT,
-                cwd="/",
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        self.process, ours = start_zygote(module)
         self.pidfd = os.pidfd_open(self.process.pid)
         self.channel = trio.socket.from_stdlib_socket(ours)
         self._sending = trio.Lock()
@@ -312,7 +287,7 @@ class Launcher:
 
         Raises SandboxError where the first one can not be had.
         """
-        self._hierarchy = cgroups.find_hierarchy()
+        self._hierarchy = _claim_hierarchy()
         await self._remove_leftovers()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -599,6 +574,17 @@ async def _read_frame(stream: trio.SocketStream) -> tuple[FrameKind, bytes, byte
         for kind, body in decoder:
             return kind, body, received[HEAD_BYTES + len(body) :]
     raise EOFError
+
+
+def _claim_hierarchy() -> cgroups.Hierarchy | None:
+    hierarchy = cgroups.find_hierarchy()
+    if hierarchy is not None:
+        try:
+            hierarchy.claim()
+        except OSError as exc:
+            log.warning("cgroup.not_usable", reason=exc.strerror)
+            return None
+    return hierarchy
 
 
 def _start_ticks(pid: int) -> int:

@@ -224,8 +224,8 @@ def _run_worker(
     if reseed is not None:
         reseed()
     with socket.socket(fileno=worker_fd) as sock:
-        module.serve(sock, dict(plan.limits))
-    return 0
+        # What the worker has to say of its end beyond that is sealed to the submitter.
+        return int(module.serve(sock, dict(plan.limits)) or 0)
 
 
 def _report(socket_fd: int, exc: ConfineError) -> None:

@@ -55,7 +55,6 @@ _CODE_OF_STATUS = {
     "worker_crashed": ErrorCode.WORKER_CRASHED,
     "submitter_lost": ErrorCode.SUBMITTER_LOST,
     "over_limit": ErrorCode.OVER_LIMIT,
-    "owner_stopped": ErrorCode.SHUTTING_DOWN,
 }
 
 
@@ -73,6 +72,8 @@ def refusal_untrusted(body: bytes) -> NextGPUError:
 
 def status_error(status: str) -> NextGPUError:
     """The error for a receipt's status other than "done"."""
+    if status == "owner_stopped":
+        return PeerLost("The owner of the peer took the device back. Run it again elsewhere.")
     return error_for(_CODE_OF_STATUS.get(status, ErrorCode.BAD_SEAL), "")
 
 

@@ -117,9 +117,9 @@ def test_a_length_out_of_bounds_is_refused_from_the_head_alone(length: int) -> N
     assert refused(struct.pack(">IB", length, FrameKind.DATA)) is ErrorCode.TOO_LARGE
 
 
-@pytest.mark.parametrize("kind", sorted(set(range(256)) - {int(k) for k in FrameKind}))
-def test_an_unknown_kind_is_refused_before_its_body_comes(kind: int) -> None:
-    assert refused(struct.pack(">IB", 1000, kind)) is ErrorCode.MALFORMED
+def test_an_unknown_kind_is_refused_before_its_body_comes() -> None:
+    for kind in set(range(256)) - {int(k) for k in FrameKind}:
+        assert refused(struct.pack(">IB", 1000, kind)) is ErrorCode.MALFORMED
 
 
 def test_what_came_before_a_bad_frame_is_given_once_and_the_bad_one_stays_refused() -> None:

@@ -182,14 +182,14 @@ def test_a_length_past_the_chunk_is_malformed(length: int) -> None:
     assert refused(struct.pack(">BBI", RecordKind.STEP, 0, length)) is ErrorCode.MALFORMED
 
 
-@pytest.mark.parametrize("kind", sorted(set(range(1, 256)) - {int(k) for k in RecordKind}))
-def test_an_unknown_record_kind_is_malformed(kind: int) -> None:
-    assert refused(struct.pack(">BBI", kind, 0, 0)) is ErrorCode.MALFORMED
+def test_an_unknown_record_kind_is_malformed() -> None:
+    for kind in set(range(1, 256)) - {int(k) for k in RecordKind}:
+        assert refused(struct.pack(">BBI", kind, 0, 0)) is ErrorCode.MALFORMED
 
 
-@pytest.mark.parametrize("flags", range(2, 256))
-def test_an_unknown_flag_is_malformed(flags: int) -> None:
-    assert refused(struct.pack(">BBI", RecordKind.STEP, flags, 0)) is ErrorCode.MALFORMED
+def test_an_unknown_flag_is_malformed() -> None:
+    for flags in range(2, 256):
+        assert refused(struct.pack(">BBI", RecordKind.STEP, flags, 0)) is ErrorCode.MALFORMED
 
 
 @pytest.mark.parametrize("size", range(1, RECORD_HEAD_BYTES))

@@ -147,7 +147,7 @@ def serve(sock: socket.socket, limits: dict[str, int | str]) -> None:
 def attempt(attack: Attack, facts: Facts) -> dict[str, object]:
     try:
         return {"open": True, "detail": attack(facts)}
-    except (OSError, RuntimeError, MemoryError, ImportError, KeyError) as exc:
+    except (OSError, ValueError, RuntimeError, MemoryError, KeyError) as exc:
         return {"open": False, "detail": f"{type(exc).__name__}: {exc}"}
 
 
@@ -253,7 +253,7 @@ def open_devices(facts: Facts) -> str:
     found = [
         name
         for name in ("mem", "kmsg", "tty", "fuse", "kvm", "vda", "ptmx", "net/tun", "nvidia0")
-        if os.path.exists(f"/dev/{name}")
+        if Path("/dev", name).exists()
     ]
     if not found:
         raise OSError(errno.ENOENT, "none")
@@ -278,7 +278,7 @@ def read_own_proc(facts: Facts) -> str:
 
 @_attack
 def read_daemon_memory(facts: Facts) -> str:
-    with open(f"/proc/{facts['daemon_pid']}/mem", "rb"):
+    with Path(f"/proc/{facts['daemon_pid']}/mem").open("rb"):
         return "opened"
 
 
@@ -324,7 +324,8 @@ def standard_streams(facts: Facts) -> str:
 
 @_attack
 def smuggle_descriptor_out(facts: Facts) -> str:
-    socket.send_fds(_channel, [b"x"], [0])
+    told = json.dumps({"open": True, "detail": "sent"}).encode()
+    socket.send_fds(_channel, [encode_frame(FrameKind.DATA, told)], [0])
     return "sent"
 
 

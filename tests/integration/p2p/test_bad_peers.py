@@ -7,9 +7,11 @@ import socket
 
 import pytest
 import trio
+from libp2p.peer.id import ID
 
 from nextgpu_node.errors import PeerLost
 from nextgpu_node.p2p.hardening import DHT_PROTOCOL
+from nextgpu_node.p2p.network import Network
 from nextgpu_node.p2p.streams import PeerStream
 from tests.integration.p2p.nodes import ECHO, ask, echo, find, open_fds, port_of, start, until
 
@@ -157,22 +159,58 @@ async def test_three_hundred_visitors_leave_nothing_behind() -> None:
         await still_serves(address)
         await until(lambda: host.connected_peers() == 0)
         fds, tasks = open_fds(), trio.lowlevel.current_statistics().tasks_living
-        async with trio.open_nursery() as visits:
-            slots = trio.CapacityLimiter(8)
-
-            async def visit() -> None:
-                async with slots, trio.open_nursery() as once:
-                    node, _ = await start(once)
-                    await node.connect(address)
-                    once.cancel_scope.cancel()
-
-            for _ in range(300):
-                visits.start_soon(visit)
+        async with trio.open_nursery() as visitors:
+            nodes = [(await start(visitors))[0] for _ in range(12)]
+            async with trio.open_nursery() as visits:
+                for node in nodes:
+                    visits.start_soon(visit_often, node, address, 25)
+            visitors.cancel_scope.cancel()
         await until(lambda: host.connected_peers() == 0)
         await until(lambda: trio.lowlevel.current_statistics().tasks_living <= tasks)
         assert open_fds() <= fds
         assert await still_serves(address)
         nursery.cancel_scope.cancel()
+
+
+async def test_streams_are_counted_over_all_connections_of_a_peer() -> None:
+    """One identity on two connections: each muxer alone would allow it its own share."""
+
+    async def hold(stream: PeerStream) -> None:
+        await stream.receive_some()
+
+    seed = os.urandom(32)
+    async with trio.open_nursery() as nursery:
+        handlers = {"/test/hold/1": hold}
+        _, address = await start(nursery, handlers, max_streams_per_peer=6)
+        twins = [(await start(nursery, key_seed=seed))[0] for _ in range(2)]
+        held = 0
+        for twin in twins:
+            peer_id = await twin.connect(address)
+            for _ in range(5):
+                try:
+                    await twin.open_stream(peer_id, "/test/hold/1")
+                    held += 1
+                except PeerLost:
+                    pass
+        assert 5 <= held <= 6
+        nursery.cancel_scope.cancel()
+
+
+async def visit_often(node: Network, address: str, times: int) -> None:
+    assert node._host is not None
+    for _ in range(times):
+        peer_id = await node.connect(address)
+        await node._host.disconnect(ID.from_base58(peer_id))
+
+
+async def is_refused(stream: PeerStream) -> bool:
+    """Whether the other side ended an idle stream."""
+    with trio.move_on_after(0.05):
+        try:
+            return await stream.receive_some() == b""
+        except PeerLost:
+            return True
+    return False
 
 
 async def test_idle_dht_streams_of_one_peer_do_not_stop_the_dht() -> None:
@@ -190,6 +228,8 @@ async def test_idle_dht_streams_of_one_peer_do_not_stop_the_dht() -> None:
                 held.append(await attacker.open_stream(address.partition("/p2p/")[2], DHT_PROTOCOL))
             except PeerLost:
                 continue
+        refused = [stream for stream in held if await is_refused(stream)]
+        assert len(held) - len(refused) <= 4
         await provider.announce([key])
         await find(seeker, key, {provider.peer_id})
         nursery.cancel_scope.cancel()

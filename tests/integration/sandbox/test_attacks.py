@@ -135,9 +135,7 @@ async def test_descriptor_sent_to_a_worker_does_not_arrive(tmp_path: Path) -> No
             import array
             import socket
 
-            ancillary = [
-                (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))
-            ]
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))]
             await worker._slot.stream.socket.sendmsg([b""], ancillary)
             answer = await verdict(worker, "inherited_descriptors", facts)
         await worker.finish()

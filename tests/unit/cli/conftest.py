@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeAlias
 
 import pytest
 import trio
 
 from nextgpu_node.api import server
+from nextgpu_node.cli.main import main
 from nextgpu_node.paths import Paths
 from tests.unit.api.backend import MemoryBackend
+
+CaptureFd: TypeAlias = "pytest.CaptureFixture[str]"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class Cli:
             check=False,
         )
         return Done(done.returncode, done.stdout, done.stderr)
+
+    def here(self, monkeypatch: pytest.MonkeyPatch, capfd: CaptureFd, *args: str) -> Done:
+        """The same in this process, which has torch loaded already."""
+        monkeypatch.setattr(sys, "argv", ["nextgpu", *args])
+        monkeypatch.setenv("NEXTGPU_HOME", str(self.home))
+        monkeypatch.chdir(self.cwd)
+        monkeypatch.setattr(sys, "stdin", None)
+        code = main()
+        return Done(code, *capfd.readouterr())
 
     async def beside(self, *args: str) -> Done:
         """The same while the test itself serves the API."""

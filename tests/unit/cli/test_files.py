@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ def test_a_file_is_whole_and_private(tmp_path: Path) -> None:
     write_whole(tmp_path / "y", [b"a", memoryview(b"bc")], force=False)
     assert (tmp_path / "y").read_bytes() == b"abc"
     assert stat.S_IMODE((tmp_path / "y").stat().st_mode) == 0o600
-    assert os.listdir(tmp_path) == ["y"]
+    assert _names(tmp_path) == ["y"]
 
 
 def test_an_error_half_way_leaves_what_was_there(tmp_path: Path) -> None:
@@ -30,7 +29,7 @@ def test_an_error_half_way_leaves_what_was_there(tmp_path: Path) -> None:
         write_whole(tmp_path / "y", pieces(), force=True)
     assert c.value.exit_code == 1
     assert (tmp_path / "y").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["y"]
+    assert _names(tmp_path) == ["y"]
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
@@ -47,7 +46,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
-    assert os.listdir(tmp_path) == []
+    assert _names(tmp_path) == []
 
 
 def test_a_name_that_was_taken_meanwhile_is_kept(tmp_path: Path) -> None:
@@ -58,7 +57,7 @@ def test_a_name_that_was_taken_meanwhile_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--force"):
         write_whole(tmp_path / "y", pieces(), force=False)
     assert (tmp_path / "y").read_bytes() == b"theirs"
-    assert os.listdir(tmp_path) == ["y"]
+    assert _names(tmp_path) == ["y"]
 
 
 def test_force_replaces(tmp_path: Path) -> None:
@@ -77,3 +76,7 @@ def test_what_can_not_be_written_is_known_before_work_begins(tmp_path: Path) -> 
     ]:
         with pytest.raises(UsageError, match=sentence):
             check_writable(path, force=False)
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 
 import trio
 
+from nextgpu_node.api import server
+from nextgpu_node.api_types import PeerNeed, PeersReply
 from tests.unit.api.backend import GIB, UNIT_ID, MemoryBackend
 from tests.unit.cli.conftest import Cli
 
@@ -49,7 +52,6 @@ async def test_nobody_fits(cli: Cli, backend: MemoryBackend) -> None:
 
 
 async def test_json_everywhere(cli: Cli, backend: MemoryBackend) -> None:
-    backend.device = backend.device
     for args in (["status"], ["peers"], ["units"], ["share", "on"], ["cancel", UNIT_ID]):
         done = await cli.beside(*args, "--json")
         assert (done.code, done.err) == (0, "")
@@ -84,9 +86,31 @@ async def test_the_daemons_error_is_the_commands(cli: Cli, backend: MemoryBacken
     assert done.err.startswith("nextgpu: The daemon met an error of its own")
 
 
-async def test_more_than_there_is_asks_for_gibibytes_too(cli: Cli, backend: MemoryBackend) -> None:
+async def test_a_size_may_be_in_gibibytes(cli: Cli, backend: MemoryBackend) -> None:
     await cli.beside("peers", "--vram", "8GiB")
     assert backend.needs[0].memory_bytes == 8 * GIB
+
+
+async def test_an_interrupt_is_exit_code_130(cli: Cli, nursery: trio.Nursery) -> None:
+    asked = trio.Event()
+
+    class Waiting(MemoryBackend):
+        async def peers(self, need: PeerNeed) -> PeersReply:
+            asked.set()
+            await trio.sleep_forever()
+            raise AssertionError
+
+    await nursery.start(server.run, Waiting(), cli.paths.api_socket)
+    process = await trio.lowlevel.open_process(
+        cli.command("peers"), env=cli.environ, stderr=subprocess.PIPE
+    )
+    with trio.fail_after(20):
+        await asked.wait()
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
+    assert process.stderr is not None
+    async with process.stderr as stderr:
+        assert await stderr.receive_some() == b"nextgpu: interrupted\n"
 
 
 def _on_a_terminal(cli: Cli, *args: str) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from nextgpu_node.graph.artifact import Program
 from nextgpu_node.graph.local import run_local
-from tests.unit.cli.conftest import Cli
+from tests.unit.cli.conftest import CaptureFd, Cli
 
 MODELS = """
 import torch
@@ -63,7 +63,9 @@ def at_project(cli: Cli, project: Path) -> Cli:
     return cli
 
 
-def test_export_then_inspect(at_project: Cli, project: Path) -> None:
+def test_export_then_inspect(
+    at_project: Cli, project: Path, monkeypatch: pytest.MonkeyPatch, capfd: CaptureFd
+) -> None:
     done = at_project(
         "export", "my_models:make", "-o", "out.ngp", "--example", "x.safetensors",
         "--dynamic", "x:0=batch", "--json",
@@ -75,9 +77,10 @@ def test_export_then_inspect(at_project: Cli, project: Path) -> None:
     program = Program.load(project / "out.ngp")
     assert program.spec.xs[0].shape == ("batch", 3)
     assert run_local(program, x=torch.ones(1, 3))["y"].shape == (1, 2)
-    shown = at_project("inspect", "out.ngp")
+    shown = at_project.here(monkeypatch, capfd, "inspect", "out.ngp")
     assert (shown.code, shown.out) == (0, program.summary() + "\n")
-    again = at_project("export", "my_models:make", "-o", "out.ngp", "--example", "x.safetensors")
+    args = ["my_models:make", "-o", "out.ngp", "--example", "x.safetensors"]
+    again = at_project.here(monkeypatch, capfd, "export", *args)
     assert again.code == 2
     assert "--force" in again.err
 
@@ -114,9 +117,13 @@ def test_a_dynamic_that_is_none_is_said_so(at_project: Cli, option: str) -> None
         _parse_dynamic((option,))
 
 
-def test_example_inputs_that_do_not_fit_are_said_so(at_project: Cli, project: Path) -> None:
+def test_example_inputs_that_do_not_fit_are_said_so(
+    at_project: Cli, project: Path, monkeypatch: pytest.MonkeyPatch, capfd: CaptureFd
+) -> None:
     save_file({"z": torch.ones(2, 3)}, project / "z.safetensors")
-    done = at_project("export", "my_models:ready", "-o", "o.ngp", "--example", "z.safetensors")
+    monkeypatch.syspath_prepend(str(project))
+    args = ["my_models:ready", "-o", "o.ngp", "--example", "z.safetensors"]
+    done = at_project.here(monkeypatch, capfd, "export", *args)
     assert done.code == 2
     assert "do not fit" in done.err
     assert not (project / "o.ngp").exists()
@@ -126,21 +133,29 @@ def test_example_inputs_that_do_not_fit_are_said_so(at_project: Cli, project: Pa
     ("args", "sentence"),
     [
         (["nothing.ngp", "--output", "y"], "nothing.ngp: can not be read: No such file"),
-        (["my_models.py", "--output", "y"], "my_models.py is not a"),
+        (["my_models.py", "--output", "y"], "my_models.py: This is not a NextGPU program"),
         (["linear.ngp", "--output", "y"], "takes inputs (x). Name a file: --input"),
         (["linear.ngp", "--input", "none", "--output", "y"], "none: can not be read"),
         (["linear.ngp", "--input", "linear.ngp", "--output", "y"], "is not a safetensors file"),
         (["linear.ngp", "--input", "wide.safetensors", "--output", "y"], "3 is declared, 4 came"),
         (["linear.ngp", "--input", "x.safetensors", "--output", "linear.ngp"], "--force"),
         (["linear.ngp", "--output", "y", "--memory", "much"], "--memory takes a size"),
+        (["linear.ngp", "--output", "y", "--vram", "4000"], "--vram takes a size"),
         (["linear.ngp", "--output", "y", "--max-seconds", "0"], "--max-seconds"),
+        (["linear.ngp", "--output", "y", "--peer", "12D3KooW"], "--peer takes a peer ID"),
     ],
 )
 def test_run_refuses_before_anything_is_sent(
-    at_project: Cli, project: Path, program: Path, args: list[str], sentence: str
+    at_project: Cli,
+    project: Path,
+    program: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: CaptureFd,
+    args: list[str],
+    sentence: str,
 ) -> None:
     save_file({"x": torch.ones(2, 4)}, project / "wide.safetensors")
-    done = at_project("run", *args)
+    done = at_project.here(monkeypatch, capfd, "run", *args)
     assert done.code == 2
     assert done.out == ""
     assert sentence in done.err
@@ -148,7 +163,13 @@ def test_run_refuses_before_anything_is_sent(
     assert not (project / "y").exists()
 
 
-def test_run_without_a_daemon_is_exit_code_3(at_project: Cli, project: Path, program: Path) -> None:
+def test_run_without_a_daemon_is_exit_code_3(
+    at_project: Cli,
+    project: Path,
+    program: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: CaptureFd,
+) -> None:
     args = ["linear.ngp", "--input", "x.safetensors", "--output", "y"]
     done = at_project("run", *args)
     assert done.code == 3
@@ -156,7 +177,7 @@ def test_run_without_a_daemon_is_exit_code_3(at_project: Cli, project: Path, pro
         "queued: looking for a peer",
         "nextgpu: No nextgpud answers here. Start it with `nextgpu up`.",
     ]
-    quiet = at_project("run", *args, "--quiet", "--json")
+    quiet = at_project.here(monkeypatch, capfd, "run", *args, "--quiet", "--json")
     assert json.loads(quiet.out)["exit_code"] == 3
     assert len(quiet.err.splitlines()) == 1
     assert not (project / "y").exists()

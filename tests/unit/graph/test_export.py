@@ -94,6 +94,21 @@ def test_recurrent_networks():
     check(nn.GRU(4, 8).eval(), (torch.randn(5, 2, 4),), tolerance=1e-6)
 
 
+def test_normalisation_by_the_statistics_of_the_input():
+    check(nn.InstanceNorm2d(3, affine=True).eval(), (torch.randn(2, 3, 5, 5),), tolerance=1e-5)
+
+
+def test_batch_norm_in_training_carries_its_statistics():
+    torch.manual_seed(1)
+    model = nn.BatchNorm1d(3)
+    batch = torch.randn(4, 3)
+    machine = make_machine(export(model, (batch,)))
+    result = machine.step({"input": batch}).ys["output"]
+    torch.testing.assert_close(result, model(batch).detach(), rtol=0, atol=1e-6)
+    for name, value in machine.carry().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6)
+
+
 def test_a_transformer_encoder():
     layer = nn.TransformerEncoderLayer(32, 4, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()

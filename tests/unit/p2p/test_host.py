@@ -20,6 +20,10 @@ from nextgpu_node.p2p.network import Network
 from nextgpu_node.p2p.settings import P2PSettings
 from nextgpu_protocol.ids import peer_id_from_public_key, public_key_from_peer_id
 
+SOMEBODY = "/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
+QUIC = f"/ip4/1.2.3.4/udp/4001/quic-v1{SOMEBODY}"
+RELAYED = f"/ip4/1.2.3.4/tcp/4001{SOMEBODY}/p2p-circuit{SOMEBODY}"
+
 
 def test_peer_ids_of_the_protocol_are_those_of_libp2p() -> None:
     for _ in range(20):
@@ -56,8 +60,8 @@ def test_only_plain_tcp_can_be_listened_on(text: str) -> None:
         host.parse_listen(text)
 
 
-@pytest.mark.parametrize("text", ["/ip4/1.2.3.4/tcp/4001", "/p2p/abc", "x"])
-def test_a_bootstrap_address_names_its_peer(text: str) -> None:
+@pytest.mark.parametrize("text", ["/ip4/1.2.3.4/tcp/4001", "/p2p/abc", "x", QUIC, RELAYED])
+def test_a_bootstrap_address_is_plain_tcp_and_names_its_peer(text: str) -> None:
     with pytest.raises(NetworkError):
         host.parse_bootstrap(text)
 

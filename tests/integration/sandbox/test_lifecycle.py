@@ -1,0 +1,390 @@
+"""Births, deaths and what is left behind: nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from nextgpu_node.errors import SandboxError
+from nextgpu_node.sandbox import wipe
+from nextgpu_node.sandbox.layout import read_layout
+from nextgpu_node.sandbox.policy import MIB, plan_worker
+from nextgpu_protocol.framing import FrameKind, encode_frame
+from tests.support.sandbox import (
+    ATTACK_WORKER,
+    SMALL,
+    TORCH_WORKER,
+    attacked_host,
+    order,
+    read_frame,
+    running_launcher,
+    verdict,
+)
+
+pytestmark = pytest.mark.sandbox
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def _open_descriptors() -> set[str]:
+    # The descriptor of the listing itself is among the names, so compare what they point to.
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            found.add(f"{entry.name} {entry.readlink()}")
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+async def _until_gone(*pids: int) -> None:
+    with trio.fail_after(10):
+        while any(_is_alive(pid) for pid in pids):
+            await trio.sleep(0.01)
+
+
+async def test_worker_says_hello_and_echoes(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path) as launcher:
+        worker = await launcher.spawn(SMALL)
+        assert launcher.runtime == "echo 1.0"
+        assert len(worker.public_key) == 32
+        await worker.stream.send_all(encode_frame(FrameKind.DATA, b"abc"))
+        assert await read_frame(worker.stream) == (FrameKind.DATA, b"abc")
+        await worker.stream.send_all(encode_frame(FrameKind.END))
+        exit_ = await worker.wait()
+        report = await worker.finish()
+    assert (exit_.reason, exit_.code, exit_.signal) == ("exited", 0, None)
+    assert exit_.peak_rss_bytes > MIB
+    assert report.complete
+    assert report.tree_killed
+    assert report.scratch_gone
+
+
+async def test_finish_is_idempotent_and_safe_from_two_tasks(tmp_path: Path) -> None:
+    reports = []
+
+    async def finish(worker: Any) -> None:
+        reports.append(await worker.finish())
+
+    async with running_launcher(tmp_path) as launcher:
+        worker = await launcher.spawn(SMALL)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(finish, worker)
+            nursery.start_soon(finish, worker)
+        assert await worker.finish() is reports[0] is reports[1]
+
+
+async def test_finish_completes_in_a_cancelled_task(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path) as launcher:
+        worker = await launcher.spawn(SMALL)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await worker.finish()
+        assert not _is_alive(worker.pid)
+
+
+async def test_fifty_units_leave_nothing(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path) as launcher:
+        await (await launcher.spawn(SMALL)).finish()
+        before = _open_descriptors(), wipe.mounts_left(), len(os.listdir(tmp_path / "sandbox"))
+        assert launcher.zygote_pid is not None
+        zygote_before = len(os.listdir(f"/proc/{launcher.zygote_pid}/fd"))
+        for _ in range(50):
+            worker = await launcher.spawn(SMALL)
+            assert (await worker.finish()).complete
+        after = _open_descriptors(), wipe.mounts_left(), len(os.listdir(tmp_path / "sandbox"))
+        assert before == after
+        assert len(os.listdir(f"/proc/{launcher.zygote_pid}/fd")) == zygote_before
+        children = Path(f"/proc/{launcher.zygote_pid}/task/{launcher.zygote_pid}/children")
+        assert children.read_text() == ""
+
+
+async def test_dead_zygote_takes_its_workers_and_is_replaced(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path) as launcher:
+        worker = await launcher.spawn(SMALL)
+        first = launcher.zygote_pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        with trio.fail_after(10):
+            assert (await worker.wait()).reason == "lost"
+            assert not _is_alive(worker.pid)
+            again = await launcher.spawn(SMALL)
+        assert launcher.zygote_pid != first
+        await again.finish()
+        assert (await worker.finish()).tree_killed
+
+
+async def test_worker_survives_its_launcher_without_the_death_signal(tmp_path: Path) -> None:
+    """The counterpart: it is the death signal that ends workers, not their socket's end."""
+    plan = dataclasses.replace(plan_worker(SMALL, read_layout()), die_with_launcher=False)
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        worker = await launcher.spawn_planned(plan, wall_s=60)
+        await order(worker, "sleep", {})
+        assert launcher.zygote_pid is not None
+        pidfd = os.pidfd_open(worker.pid)
+        # Hold the launcher's own clean-up back: it would kill the worker itself.
+        worker._slot.pidfd, held = None, worker._slot.pidfd
+        os.kill(launcher.zygote_pid, signal.SIGKILL)
+        await _until_gone(launcher.zygote_pid)
+        with trio.move_on_after(0.3):
+            await trio.lowlevel.wait_readable(pidfd)
+            pytest.fail("the worker has ended")
+        worker._slot.pidfd = held
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+        await worker.finish()
+
+
+async def test_killed_worker_is_reported(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path) as launcher:
+        worker = await launcher.spawn(SMALL)
+        os.kill(worker.pid, signal.SIGKILL)
+        with trio.fail_after(5):
+            exit_ = await worker.wait()
+        assert (exit_.reason, exit_.signal) == ("signalled", signal.SIGKILL)
+        assert (await worker.finish()).complete
+
+
+@pytest.mark.parametrize("cancel_after_s", [0.0, 0.001, 0.003, 0.006, 0.010])
+async def test_cancelled_spawn_leaves_no_worker(cancel_after_s: float, tmp_path: Path) -> None:
+    async with running_launcher(tmp_path) as launcher:
+        with trio.move_on_after(cancel_after_s):
+            worker = await launcher.spawn(SMALL)
+            await worker.finish()
+        assert not launcher._slots
+        children = Path(f"/proc/{launcher.zygote_pid}/task/{launcher.zygote_pid}/children")
+        assert children.read_text() == ""
+
+
+async def test_cancelled_launcher_ends_all_its_processes(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path) as launcher:
+        workers = [await launcher.spawn(SMALL) for _ in range(3)]
+        pids = [worker.pid for worker in workers]
+        zygote = launcher.zygote_pid
+    assert zygote is not None
+    assert not any(_is_alive(pid) for pid in [*pids, zygote])
+    assert os.listdir(tmp_path / "sandbox") == []
+    assert [(await worker.wait()).reason for worker in workers] == ["killed"] * 3
+
+
+_DAEMON = """
+import sys, trio
+from pathlib import Path
+from tests.support.sandbox import SMALL, running_launcher
+async def main():
+    async with running_launcher(Path(sys.argv[1])) as launcher:
+        workers = [await launcher.spawn(SMALL) for _ in range(2)]
+        print(launcher.zygote_pid, *(worker.pid for worker in workers), file=sys.stderr, flush=True)
+        await trio.sleep_forever()
+trio.run(main)
+"""
+
+
+async def test_killed_daemon_leaves_no_process_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _DAEMON, str(tmp_path)],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as daemon:
+        assert daemon.stderr is not None
+        line = await trio.to_thread.run_sync(daemon.stderr.readline)
+        pids = [int(word) for word in line.split()]
+        assert len(pids) == 3
+        daemon.kill()
+        await trio.to_thread.run_sync(daemon.wait)
+    await _until_gone(*pids)
+    assert (tmp_path / "sandbox" / "state.json").exists()
+    (tmp_path / "sandbox" / "stray").write_text("left by an earlier version")
+    async with running_launcher(tmp_path) as launcher:
+        assert os.listdir(tmp_path / "sandbox") == ["state.json"]
+        if launcher._hierarchy is not None:
+            assert not [
+                g
+                for g in launcher._hierarchy.leftovers("")
+                if g.directory.exists()
+                and not g.directory.name.startswith(f"nextgpu-{launcher._name}")
+                and g.directory.name.startswith("nextgpu-" + _groups_of(tmp_path))
+            ]
+
+
+def _groups_of(directory: Path) -> str:
+    import json
+
+    name: str = json.loads((directory / "sandbox" / "state.json").read_text())["groups"]
+    return name
+
+
+async def test_module_that_can_not_be_loaded_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.RaisesGroup(SandboxError, flatten_subgroups=True) as caught:
+        async with running_launcher(tmp_path, "nextgpu_node.no_such_module"):
+            pytest.fail("the launcher started")
+    assert "no_such_module" in str(caught.value.exceptions[0])
+
+
+async def test_refused_layer_is_named(tmp_path: Path) -> None:
+    plan = plan_worker(SMALL, read_layout())
+    impossible = dataclasses.replace(plan, landlock=(*plan.landlock, ("/no/such/path", "read")))
+    async with running_launcher(tmp_path) as launcher:
+        with pytest.raises(SandboxError, match="could not be confined: landlock"):
+            await launcher.spawn_planned(impossible, wall_s=60)
+        assert not launcher._slots
+        await (await launcher.spawn(SMALL)).finish()
+
+
+async def test_daemon_takes_no_descriptor_from_a_worker(tmp_path: Path) -> None:
+    """Even where the filter is gone: the daemon reads with recv(2), which takes none."""
+    plan = dataclasses.replace(plan_worker(SMALL, read_layout()), seccomp=())
+    with attacked_host(tmp_path) as facts:
+        async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+            worker = await launcher.spawn_planned(plan, wall_s=60)
+            before = _open_descriptors()
+            assert (await verdict(worker, "smuggle_descriptor_out", facts))["open"]
+            assert _open_descriptors() == before
+            await worker.finish()
+
+
+async def test_memory_beyond_the_cgroup_is_an_oom(tmp_path: Path) -> None:
+    plan = dataclasses.replace(
+        plan_worker(SMALL, read_layout()),
+        extra_data_bytes=2**34,
+        extra_address_space_bytes=2**35,
+        cgroup_memory_bytes=64 * MIB,
+    )
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        if launcher._hierarchy is None:
+            pytest.skip("no cgroup may be made here")
+        worker = await launcher.spawn_planned(plan, wall_s=60)
+        await order(worker, "touch_memory", {})
+        with trio.fail_after(20):
+            assert (await worker.wait()).reason == "oom"
+        assert (await worker.finish()).complete
+
+
+async def test_restarted_clock_counts_from_then(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path) as launcher:
+        worker = await launcher.spawn(SMALL)
+        worker.restart_clock(0.2)
+        with trio.fail_after(5):
+            assert (await worker.wait()).reason == "timeout"
+        await worker.finish()
+
+
+async def test_torch_runs_inside_and_each_worker_has_its_own_random_state(tmp_path: Path) -> None:
+    products = []
+    async with running_launcher(tmp_path, TORCH_WORKER) as launcher:
+        assert launcher.runtime.startswith("torch ")
+        for _ in range(2):
+            worker = await launcher.spawn(dataclasses.replace(SMALL, memory_bytes=1024 * MIB))
+            await worker.stream.send_all(encode_frame(FrameKind.DATA))
+            with trio.fail_after(20):
+                products.append((await read_frame(worker.stream))[1])
+            await worker.finish()
+    assert products[0] != products[1]
+
+
+async def test_tier_c_confines_without_namespaces(tmp_path: Path) -> None:
+    """Landlock and seccomp alone: no host file, no socket, no process, nothing to write to."""
+    blocked = (
+        *("read_host_file", "read_daemon_secret", "write_host_tmp", "write_in_root"),
+        *("tcp_to_host", "unix_abstract_socket", "fork_process", "run_shell", "vsock"),
+        *("ptrace_daemon", "signal_everyone", "call_unshare_user", "memory_bomb", "disk_fill"),
+    )
+    with attacked_host(tmp_path) as facts:
+        async with running_launcher(tmp_path, ATTACK_WORKER, tier="C") as launcher:
+            worker = await launcher.spawn(SMALL)
+            assert "mount-namespace" not in worker.layers
+            for attack in blocked:
+                answer = await verdict(worker, attack, facts)
+                assert not answer["open"], (attack, answer)
+                assert "died" not in answer, attack
+            assert (await worker.finish()).complete
+
+
+def test_unprivileged_user_gets_the_same_tier(tmp_path: Path) -> None:
+    """As uid 65534, in a mount namespace where the interpreter's directories are passable."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user; the other tests run unprivileged here")
+    script = tmp_path / "main.py"
+    script.write_text(_UNPRIVILEGED)
+    (tmp_path / "run").mkdir()
+    os.chown(tmp_path / "run", 65534, 65534)
+    base = str(Path(sys.base_prefix).resolve())
+    run = subprocess.run(
+        ["unshare", "-m", "sh", "-e", "-c", _PASSABLE, "sh", base, str(tmp_path), sys.executable],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["A", "user-namespace", "blocked", "True"], run.stdout
+
+
+_PASSABLE = """
+hold=$(mktemp -d); mount --bind "$1" "$hold"; mount --bind "$2" /mnt
+case "$1" in /root/*) mount -t tmpfs -o mode=755 none /root; mkdir -p "$1"; mount --bind "$hold" "$1";; esac
+exec setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs "$3" -I /mnt/main.py
+"""
+
+_UNPRIVILEGED = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import structlog, trio
+from pathlib import Path
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+from nextgpu_node.sandbox.probe import probe
+from tests.support.sandbox import ATTACK_WORKER, SMALL, attacked_host, running_launcher, verdict
+from tests.support import attack_worker
+
+async def main():
+    with attacked_host(Path("/mnt/run")) as facts:
+        async with running_launcher(Path("/mnt/run"), ATTACK_WORKER) as launcher:
+            worker = await launcher.spawn(SMALL)
+            print(worker.layers[0])
+            found = []
+            for name in attack_worker.ATTACKS:
+                answer = await verdict(worker, name, facts)
+                if answer["open"] or "died" in answer:
+                    found.append((name, answer))
+            print(found or "blocked")
+            print((await worker.finish()).complete)
+
+print(probe().tier)
+trio.run(main)
+"""
+
+
+async def test_spawn_after_shutdown_is_refused(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path) as launcher:
+        pass
+    with pytest.raises(SandboxError, match="shutting down"):
+        await launcher.spawn(SMALL)
+
+
+def test_zygote_ends_when_its_control_socket_does(tmp_path: Path) -> None:
+    from nextgpu_node.sandbox.zygote_process import start_zygote
+
+    process, channel = start_zygote("tests.support.sandbox_worker")
+    with process:
+        assert b"ready" in channel.recv(65536)
+        channel.close()
+        assert process.wait(5) == 0
+    assert isinstance(channel, socket.socket)

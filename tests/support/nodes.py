@@ -1,0 +1,78 @@
+"""A small real network for end-to-end tests: three daemons as processes, on loopback."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import trio
+
+from nextgpu_node.cli.processes import DaemonProcess, run_cli, wait_until
+from nextgpu_node.sdk.api_client import ApiClient
+
+LENDING = {
+    "sharing.enabled": "true",
+    "sharing.max_memory": "1 GiB",
+    "sharing.max_input": "64 MiB",
+    "sharing.max_output": "64 MiB",
+    "sharing.max_unit_seconds": "60",
+    "sharing.requests_per_minute": "10000",
+    "log.level": "debug",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Trio:
+    """A DHT node, a provider and a submitter; `log` is what all three wrote."""
+
+    first: DaemonProcess
+    provider: DaemonProcess
+    submitter: DaemonProcess
+    log: Path
+
+    async def wait_idle(self) -> None:
+        """Until nothing is lent and every slot is free: what the owner is told, asked for anew."""
+        with trio.fail_after(15):
+            async with ApiClient(self.provider.paths.api_socket) as api:
+                # Another process's state: there is no event of ours to wait for.
+                while not await _is_idle(api):  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+
+    def worker_pids(self) -> set[int]:
+        """The processes below the provider's launcher."""
+        (launcher,) = psutil.Process(self.provider.pid).children()
+        return {child.pid for child in launcher.children(recursive=True)}
+
+
+async def _is_idle(api: ApiClient) -> bool:
+    return not (await api.units()).units and (await api.status()).sharing.free_slots > 0
+
+
+@contextmanager
+def network_of_three(settings: Mapping[str, str] | None = None) -> Iterator[Trio]:
+    """Started, connected, and the provider lending."""
+    work = Path(tempfile.mkdtemp(prefix="nextgpu-test-"))
+    try:
+        with ExitStack() as stack:
+            log = stack.enter_context((work / "log").open("wb"))
+            first = stack.enter_context(DaemonProcess(work / "dht", log=log))
+            bootstrap = [first.ready.address]
+            lending = {**LENDING, **(settings or {})}
+            provider = DaemonProcess(work / "lend", bootstrap=bootstrap, settings=lending, log=log)
+            stack.enter_context(provider)
+            submitter = DaemonProcess(work / "borrow", bootstrap=bootstrap, log=log)
+            stack.enter_context(submitter)
+            nodes = Trio(first, provider, submitter, work / "log")
+            wait_until(lambda: has_peer(submitter), 60, "the provider to be found")
+            yield nodes
+    finally:
+        shutil.rmtree(work)
+
+
+def has_peer(submitter: DaemonProcess) -> bool:
+    return bool(run_cli(submitter.home, "peers", check=False).get("peers"))
