@@ -134,6 +134,8 @@ def _run(tokens: Sequence[str]) -> int:
         out = Output(json=json, color=not (no_color or os.environ.get("NO_COLOR")))
         return _call(app, command, home, config, out)
 
+    # Else cyclopts would end the process without a word.
+    app.meta.suppress_keyboard_interrupt = False
     code: int = app.meta(
         tokens, print_error=False, exit_on_error=False, result_action="return_value"
     )

@@ -13,7 +13,7 @@ def gigabytes(option: str, text: str) -> int:
     Raises UsageError naming `option`.
     """
     try:
-        return round(float(text) * 10**9) if _is_number(text) else parse_size(text)
+        return _bounded(round(float(text) * 10**9) if _is_number(text) else parse_size(text))
     except ValueError as exc:
         raise UsageError(
             f'{option} takes a size such as 16 (GB) or "16GiB", not {text!r}.'

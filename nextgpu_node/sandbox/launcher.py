@@ -74,13 +74,19 @@ class WorkerExit:
 class Worker:
     """One confined process, for one unit.  Made by Launcher.spawn; the owner calls `finish`."""
 
-    def __init__(self, launcher: Launcher, slot: _Slot, public_key: bytes, pending: bytes) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        slot: _Slot,
+        stream: trio.abc.Stream,
+        public_key: bytes,
+    ) -> None:
         self._launcher = launcher
         self._slot = slot
         self.pid = slot.pid
         self.public_key = public_key
         self.layers = slot.layers
-        self.stream: trio.abc.Stream = _WorkerStream(slot.stream, pending)
+        self.stream = stream
 
     async def wait(self) -> WorkerExit:
         """Until the process has ended and was reaped."""
@@ -145,7 +151,7 @@ class _Slot:
         self.answered = trio.Event()
         self.in_group = trio.Event()
         self.ended = trio.Event()
-        self.stream: trio.SocketStream
+        self.stream: trio.SocketStream | None = None
 
     async def wait_exit(self) -> WorkerExit:
         await self.ended.wait()
@@ -269,6 +275,7 @@ class Launcher:
         self._runtime: str | None = None
         self._hierarchy: cgroups.Hierarchy | None = None
         self._nursery: trio.Nursery | None = None
+        self._closed = False
         self._spare_uids = random.sample(_SPARE_UIDS, len(_SPARE_UIDS))
 
     @property
@@ -292,11 +299,13 @@ class Launcher:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
-                await self._supervise(task_status)
+                trouble = await self._supervise(task_status)
             finally:
-                self._nursery = None
+                self._nursery, self._closed = None, True
+                self._zygote_up.set()  # who waits for it is told
                 with trio.move_on_after(_WIPE_DEADLINE_S, shield=True):
                     await self._end_everything()
+        raise trouble  # here, so that it comes without a nursery's group around it
 
     async def spawn(self, policy: WorkerPolicy) -> Worker:
         """A fresh confined worker whose HELLO was read.
@@ -304,7 +313,7 @@ class Launcher:
         Waits while the zygote restarts.  Raises SandboxError where a layer is refused or the
         worker ends before its HELLO.
         """
-        await self._zygote_up.wait()
+        await self._wait_zygote()
         assert self._layout is not None
         return await self.spawn_planned(
             plan_worker(policy, self._layout, self._tier), wall_s=policy.wall_s
@@ -312,9 +321,7 @@ class Launcher:
 
     async def spawn_planned(self, plan: Plan, *, wall_s: float) -> Worker:
         """`spawn` under a plan that the caller has made."""
-        await self._zygote_up.wait()
-        zygote = self._zygote
-        assert zygote is not None
+        zygote = await self._wait_zygote()
         slot = self._open_slot(plan)
         try:
             await self._request(zygote, slot)
@@ -331,9 +338,16 @@ class Launcher:
         self._nursery.start_soon(self._enforce_wall_limit, slot)
         return worker
 
-    def _open_slot(self, plan: Plan) -> _Slot:
-        if self._nursery is None:
+    async def _wait_zygote(self) -> _Zygote:
+        while self._zygote is None and not self._closed:
+            await self._zygote_up.wait()
+        if self._zygote is None:
             raise SandboxError("The sandbox is shutting down.")
+        return self._zygote
+
+    def _open_slot(self, plan: Plan) -> _Slot:
+        if not self._spare_uids:
+            raise SandboxError("Too many workers are alive at once.")
         self._spawn_count += 1
         group = None
         if self._hierarchy is not None:
@@ -351,19 +365,21 @@ class Launcher:
         return slot
 
     async def _request(self, zygote: _Zygote, slot: _Slot) -> None:
-        ours, theirs = socket.socketpair()
-        slot.stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-        fds = slot.group.open_for_birth() if slot.group else []
         head: control.Head = {"spawn": slot.spawn_id, "spare_uid": slot.spare_uid}
+        fds: list[int] = []
         try:
-            await zygote.send(head, encode_plan(slot.plan), [theirs.fileno(), *fds])
+            ours, theirs = socket.socketpair()
+            fds.append(theirs.detach())
+            slot.stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+            if slot.group is not None:
+                fds += slot.group.open_for_birth()
+            await zygote.send(head, encode_plan(slot.plan), fds)
         except BaseException as exc:
             slot.on_lost()  # nothing was asked for
             if isinstance(exc, OSError):
-                raise SandboxError("The sandbox launcher has just died; try again.") from exc
+                raise SandboxError(f"The worker could not be asked for: {exc.strerror}.") from exc
             raise
         finally:
-            theirs.close()
             for fd in fds:
                 os.close(fd)
         await slot.answered.wait()
@@ -378,9 +394,11 @@ class Launcher:
             raise SandboxError(f"The worker could not be confined: {slot.refusal}.")
 
     async def _greet(self, slot: _Slot) -> Worker:
+        stream = slot.stream
+        assert stream is not None
         try:
             with trio.fail_after(_HELLO_DEADLINE_S):
-                kind, body, rest = await _read_frame(slot.stream)
+                kind, body, rest = await _read_frame(stream)
                 await slot.in_group.wait()
         except trio.TooSlowError as exc:
             raise SandboxError("The worker did not say hello in time.") from exc
@@ -392,7 +410,7 @@ class Launcher:
         if kind is not FrameKind.HELLO or len(body) != KEY_BYTES:
             raise SandboxError("The worker's first frame was no hello.")
         self._raise_refusal(slot)
-        return Worker(self, slot, body, rest)
+        return Worker(self, slot, _WorkerStream(stream, rest), body)
 
     async def _join_group(self, slot: _Slot, group: cgroups.Group) -> None:
         """At the same time as the worker starts: the kernel makes us wait, milliseconds, in v1."""
@@ -422,7 +440,8 @@ class Launcher:
 
     async def _wipe(self, slot: _Slot) -> WipeReport:
         slot.kill("killed")
-        await trio.aclose_forcefully(slot.stream)
+        if slot.stream is not None:
+            await trio.aclose_forcefully(slot.stream)
         reaped, cgroup_gone = slot.pidfd is None, slot.group is None
         no_swap = wipe.swap_is_off()
         if slot.group is not None and slot.group.swap_forbidden():
@@ -466,16 +485,21 @@ class Launcher:
             failed = [name for name, held in report.steps if not held]
             log.error("worker.wipe_incomplete", worker_pid=slot.pid, failed=failed)
 
-    async def _supervise(self, task_status: trio.TaskStatus[None]) -> None:
+    async def _supervise(self, task_status: trio.TaskStatus[None]) -> SandboxError:
+        """Returns only if the first zygote could not be had, with the reason."""
         backoff_s = _FIRST_BACKOFF_S
         while True:
             started = trio.current_time()
             zygote = _Zygote(self._worker_module)
             try:
                 await self._serve_zygote(zygote, task_status)
+            except trio.Cancelled:
+                with trio.move_on_after(_WIPE_DEADLINE_S, shield=True):
+                    await self._drain(zygote)
+                raise
             except SandboxError as exc:
                 if self._runtime is None:
-                    raise
+                    return exc
                 log.error("zygote.start_failed", reason=str(exc))
             finally:
                 self._zygote, self._zygote_up = None, trio.Event()
@@ -489,11 +513,13 @@ class Launcher:
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
 
     async def _serve_zygote(self, zygote: _Zygote, task_status: trio.TaskStatus[None]) -> None:
+        first = self._runtime is None
         self._write_state(zygote)
         await self._await_ready(zygote)
         self._zygote = zygote
         self._zygote_up.set()
-        task_status.started()
+        if first:
+            task_status.started()
         while (message := await zygote.receive()) is not None:
             self._dispatch(*message)
 
@@ -513,12 +539,30 @@ class Launcher:
         log.info("zygote.started", runtime=self._runtime, zygote_pid=zygote.process.pid)
 
     def _dispatch(self, head: control.Head, fds: list[int]) -> None:
-        if "spawned" in head:
-            self._slots[head["spawned"]].on_spawned(head["pid"], fds[0])
-        elif "refused" in head:
-            self._slots[head["refused"]].on_refused(head["error"])
+        name = next(iter(head))
+        slot = self._slots.get(head[name])
+        if slot is None:  # its wipe was given up on
+            for fd in fds:
+                os.close(fd)
+        elif name == "spawned":
+            if not fds:
+                # This process is at its descriptor limit: the worker could not be followed.
+                raise SandboxError("This daemon has no file descriptors left.")
+            slot.on_spawned(head["pid"], fds[0])
+        elif name == "refused":
+            slot.on_refused(head["error"])
         else:
-            self._slots[head["exited"]].on_exited(head)
+            slot.on_exited(head)
+
+    async def _drain(self, zygote: _Zygote) -> None:
+        """Kill all workers while their zygote can still reap them and report."""
+        while any(not slot.ended.is_set() for slot in self._slots.values()):
+            for slot in self._slots.values():
+                slot.kill("killed")
+            message = await zygote.receive()
+            if message is None:
+                return
+            self._dispatch(*message)
 
     async def _await_orphans(self) -> None:
         """The kernel kills the workers of a dead zygote; make sure, and tell who waits for them."""

@@ -13,13 +13,26 @@ import os
 import random
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from nextgpu_node.graph.machine import Machine
+from nextgpu_node.graph.tensors import TensorImageReader, encode_tensors
 from nextgpu_node.worker.channel import Channel, ChannelClosed
 from nextgpu_node.worker.unit import Unit, UnitLimits, WorkerExitCode
 from nextgpu_protocol.errors import RemoteProtocolError
+from nextgpu_protocol.program import (
+    TENSOR,
+    Graph,
+    Node,
+    ProgramSpec,
+    Ref,
+    TensorSpec,
+    decode_program_untrusted,
+    encode_program,
+)
 from nextgpu_protocol.sealing import KeyPair
 
 
@@ -57,9 +70,21 @@ def serve(sock: socket.socket, limits: Mapping[str, int | str]) -> int:
 
 
 def _warm_up() -> None:
-    """Touch the lazy paths once, on one thread: a fork must not inherit a thread pool."""
+    """Go once through everything that a unit does, on one thread, with a program of our own.
+
+    torch imports half of itself at the first call on its meta device (0.6 s), and libsodium
+    starts at the first key: paid here, both are shared by every fork.  No thread may start.
+    """
+    x = TensorSpec("x", "float32", (2,))
+    add = Node("aten.add.Tensor", (Ref(0), Ref(0)), (), TENSOR)
+    step = Graph((add,), (1,))
+    spec = ProgramSpec(min_table_version=1, step=step, xs=(x,), ys=(replace(x, name="y"),))
+    image = b"".join(bytes(piece) for piece in encode_tensors({"x": torch.ones(2)}))
+    reader = TensorImageReader(spec.xs, max_bytes=1024)
+    reader.feed_untrusted(image)
+    machine = Machine(
+        decode_program_untrusted(encode_program(spec)), device="cpu", max_live_bytes=1024
+    )
+    machine.step(reader.finish_untrusted())
     KeyPair(bytes(32))
     torch.manual_seed(0)
-    with torch.inference_mode():
-        x = torch.ones(8, 8)
-        torch.nn.functional.linear(x, x).softmax(-1).sum().item()

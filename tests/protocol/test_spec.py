@@ -60,7 +60,7 @@ def rows(text: str) -> list[list[str]]:
 def type_text(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"list of {type_text(typing.get_args(hint)[0])}"
-    return {str: "text"}.get(hint, hint.__name__)
+    return "text" if hint is str else str(hint.__name__)
 
 
 @pytest.mark.parametrize("cls", MESSAGES)

@@ -122,7 +122,7 @@ async def test_output_flood_waits_for_the_reader(tmp_path: Path) -> None:
     async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
         worker = await launcher.spawn(SMALL)
         await order(worker, "output_flood", {})
-        kind, body = await read_frame(worker.stream)
+        _, body = await read_frame(worker.stream)
         assert len(body) == 4095
         assert (await worker.finish()).complete
 
@@ -136,7 +136,9 @@ async def test_descriptor_sent_to_a_worker_does_not_arrive(tmp_path: Path) -> No
             import socket
 
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))]
-            await worker._slot.stream.socket.sendmsg([b""], ancillary)
+            stream = worker._slot.stream
+            assert stream is not None
+            await stream.socket.sendmsg([b""], ancillary)
             answer = await verdict(worker, "inherited_descriptors", facts)
         await worker.finish()
     assert not answer["open"], answer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,9 +89,12 @@ async def test_an_id_never_becomes_part_of_another_path(api: ApiClient, unit_id:
         await api.cancel_unit(unit_id)
 
 
-async def _serve(nursery: trio.Nursery, path: Path, handler: object) -> None:
+async def _serve(
+    nursery: trio.Nursery, path: Path, handler: Callable[[trio.SocketStream], Awaitable[None]]
+) -> None:
     await trio.Path(path.parent).mkdir(mode=0o700)
     listening = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     await listening.bind(str(path))
     listening.listen()
-    nursery.start_soon(trio.serve_listeners, handler, [trio.SocketListener(listening)])
+    listeners = [trio.SocketListener(listening)]
+    nursery.start_soon(partial(trio.serve_listeners, handler, listeners))

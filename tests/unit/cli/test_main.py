@@ -12,7 +12,7 @@ import pytest
 from nextgpu_node.cli import main
 from nextgpu_node.errors import IntegrityError, NextGPUError, NoPeerFound
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
-from tests.unit.cli.conftest import Cli
+from tests.unit.cli.conftest import CaptureFd, Cli
 
 _ALL = [name for name, _, _ in main._COMMANDS]
 
@@ -67,8 +67,14 @@ def test_torch_is_loaded_only_where_tensors_are(cli: Cli, name: str) -> None:
         (["config", "set", "sharing.enabld", "true"], "Did you mean sharing.enabled?"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(cli: Cli, args: list[str], sentence: str) -> None:
-    done = cli(*args)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: CaptureFd,
+    args: list[str],
+    sentence: str,
+) -> None:
+    done = cli.here(monkeypatch, capfd, *args)
     assert done.code == 2
     assert done.out == ""
     (line,) = done.err.splitlines()
@@ -79,10 +85,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(cli: Cli, args: list[str], senten
 @pytest.mark.parametrize(
     "args", [["status"], ["peers"], ["units"], ["cancel", "ab"], ["share", "on"], ["share", "off"]]
 )
-def test_without_a_daemon_it_is_exit_code_3(cli: Cli, args: list[str]) -> None:
-    done = cli(*args)
+def test_without_a_daemon_it_is_exit_code_3(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: CaptureFd, args: list[str]
+) -> None:
+    done = cli.here(monkeypatch, capfd, *args)
     assert (done.code, done.out) == (3, "")
     assert done.err == "nextgpu: No nextgpud answers here. Start it with `nextgpu up`.\n"
+
+
+def test_a_mistake_ends_the_process_with_its_code(cli: Cli) -> None:
+    done = cli("peerz")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
 
 
 def test_with_json_an_error_is_an_object_too(cli: Cli) -> None:

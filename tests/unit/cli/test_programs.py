@@ -49,12 +49,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def program(project: Path) -> Path:
     from nextgpu_node.graph.export import export
 
-    torch.manual_seed(0)
-    example = {"x": torch.zeros(2, 3)}
-    module = torch.nn.Linear(3, 2)
-    module.forward = lambda x: torch.nn.functional.linear(x, module.weight)  # type: ignore[method-assign]
-    export(module, (), example).save(project / "linear.ngp")
-    return project / "linear.ngp"
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    export(double, (), {"x": torch.zeros(2, 3)}).save(project / "double.ngp")
+    return project / "double.ngp"
 
 
 @pytest.fixture
@@ -66,10 +65,9 @@ def at_project(cli: Cli, project: Path) -> Cli:
 def test_export_then_inspect(
     at_project: Cli, project: Path, monkeypatch: pytest.MonkeyPatch, capfd: CaptureFd
 ) -> None:
-    done = at_project(
-        "export", "my_models:make", "-o", "out.ngp", "--example", "x.safetensors",
-        "--dynamic", "x:0=batch", "--json",
-    )  # fmt: skip
+    monkeypatch.syspath_prepend(str(project))
+    options = ["-o", "out.ngp", "--example", "x.safetensors", "--dynamic", "x:0=batch", "--json"]
+    done = at_project.here(monkeypatch, capfd, "export", "my_models:make", *options)
     assert (done.code, done.err) == (0, "")
     exported = json.loads(done.out)
     assert exported["schema"] == 1
@@ -134,15 +132,15 @@ def test_example_inputs_that_do_not_fit_are_said_so(
     [
         (["nothing.ngp", "--output", "y"], "nothing.ngp: can not be read: No such file"),
         (["my_models.py", "--output", "y"], "my_models.py: This is not a NextGPU program"),
-        (["linear.ngp", "--output", "y"], "takes inputs (x). Name a file: --input"),
-        (["linear.ngp", "--input", "none", "--output", "y"], "none: can not be read"),
-        (["linear.ngp", "--input", "linear.ngp", "--output", "y"], "is not a safetensors file"),
-        (["linear.ngp", "--input", "wide.safetensors", "--output", "y"], "3 is declared, 4 came"),
-        (["linear.ngp", "--input", "x.safetensors", "--output", "linear.ngp"], "--force"),
-        (["linear.ngp", "--output", "y", "--memory", "much"], "--memory takes a size"),
-        (["linear.ngp", "--output", "y", "--vram", "4000"], "--vram takes a size"),
-        (["linear.ngp", "--output", "y", "--max-seconds", "0"], "--max-seconds"),
-        (["linear.ngp", "--output", "y", "--peer", "12D3KooW"], "--peer takes a peer ID"),
+        (["double.ngp", "--output", "y"], "takes inputs (x). Name a file: --input"),
+        (["double.ngp", "--input", "none", "--output", "y"], "none: can not be read"),
+        (["double.ngp", "--input", "double.ngp", "--output", "y"], "is not a safetensors file"),
+        (["double.ngp", "--input", "wide.safetensors", "--output", "y"], "3 is declared, 4 came"),
+        (["double.ngp", "--input", "x.safetensors", "--output", "double.ngp"], "--force"),
+        (["double.ngp", "--output", "y", "--memory", "much"], "--memory takes a size"),
+        (["double.ngp", "--output", "y", "--vram", "4000"], "--vram takes a size"),
+        (["double.ngp", "--output", "y", "--max-seconds", "0"], "--max-seconds"),
+        (["double.ngp", "--output", "y", "--peer", "12D3KooW"], "--peer takes a peer ID"),
     ],
 )
 def test_run_refuses_before_anything_is_sent(
@@ -170,7 +168,7 @@ def test_run_without_a_daemon_is_exit_code_3(
     monkeypatch: pytest.MonkeyPatch,
     capfd: CaptureFd,
 ) -> None:
-    args = ["linear.ngp", "--input", "x.safetensors", "--output", "y"]
+    args = ["double.ngp", "--input", "x.safetensors", "--output", "y"]
     done = at_project("run", *args)
     assert done.code == 3
     assert done.err.splitlines() == [

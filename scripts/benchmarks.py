@@ -1,0 +1,321 @@
+"""The benchmarks behind scripts/bench.
+
+    roundtrip   a no-op program: a fresh unit, and a call inside an open one
+    transfer    64 and 512 MiB out and back, beside plain TCP and the sealing primitive
+    idle        a daemon at rest: memory, processor time, and that torch is not loaded
+    demo        the phases of scripts/demo
+
+Every figure of one run is taken on the same machine in the same minutes: read the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import trio
+
+PROJECT = Path(__file__).parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from nextgpu_node.graph.artifact import Program  # noqa: E402
+from nextgpu_node.graph.export import export  # noqa: E402
+from nextgpu_node.sdk.client import Client, open_client  # noqa: E402
+from nextgpu_node.sdk.events import Started, StepResult, UnitEvent  # noqa: E402
+from nextgpu_node.sdk.unit import Needs, RemoteUnit  # noqa: E402
+from nextgpu_protocol.limits import CHUNK_PLAINTEXT_BYTES, MIB  # noqa: E402
+from nextgpu_protocol.sealing import KeyPair, Opener, Sealer  # noqa: E402
+from tests.support.nodes import Trio, network_of_three  # noqa: E402
+
+FRESH_UNITS = 40
+CALLS = 1000
+IDLE_S = 30
+SETTINGS = {
+    "sharing.max_memory": "4 GiB",
+    "sharing.max_input": "4 GiB",
+    "sharing.max_output": "4 GiB",
+    "sharing.max_unit_seconds": "600",
+    "sharing.warm_workers": "2",
+    "log.level": "warning",
+}
+
+
+class NoOp(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0
+
+
+class First(torch.nn.Module):
+    """Much in, little out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:1] + 0
+
+
+class Grow(torch.nn.Module):
+    """Little in, much out."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(self.size)
+
+
+def milliseconds(seconds: list[float]) -> dict[str, float]:
+    """Median and 99th percentile."""
+    ordered = sorted(seconds)
+    p99 = ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
+    return {"p50_ms": round(statistics.median(ordered) * 1e3, 2), "p99_ms": round(p99 * 1e3, 2)}
+
+
+@contextmanager
+def timed(into: list[float]) -> Iterator[None]:
+    began_s = time.perf_counter()
+    yield
+    into.append(time.perf_counter() - began_s)
+
+
+# --- roundtrip --------------------------------------------------------------------------------
+
+
+async def roundtrip(nodes: Trio) -> dict[str, Any]:
+    x = torch.ones(16)
+    program = export(NoOp(), (x,))
+    step = {program.spec.xs[0].name: x}
+    async with open_client(nodes.submitter.paths) as client:
+        fresh_result, fresh_receipt = await fresh_units(client, program, step)
+        calls, throughput = await open_unit_calls(client, program, step)
+    return {
+        "fresh_unit_to_first_result": milliseconds(fresh_result),
+        "fresh_unit_to_receipt": milliseconds(fresh_receipt),
+        "call_in_open_unit": milliseconds(calls),
+        "calls_per_second_pipelined": round(throughput),
+        "samples": {"fresh": FRESH_UNITS, "calls": CALLS},
+    }
+
+
+async def fresh_units(
+    client: Client, program: Program, step: dict[str, torch.Tensor]
+) -> tuple[list[float], list[float]]:
+    """From the wish for a unit on a known kind of peer to its result, and to its receipt."""
+    results: list[float] = []
+    receipts: list[float] = []
+    for _ in range(FRESH_UNITS):
+        await trio.sleep(0.3)  # a warm worker is what is measured: let the pool fill up
+        began_s = time.perf_counter()
+        async with client.open_unit(program) as (_, unit):
+            await unit.start(program)
+            await unit.send_step(step)
+            await unit.close_input()
+            async for event in unit.events():
+                if isinstance(event, StepResult):
+                    results.append(time.perf_counter() - began_s)
+        receipts.append(time.perf_counter() - began_s)
+    return results, receipts
+
+
+async def open_unit_calls(
+    client: Client, program: Program, step: dict[str, torch.Tensor]
+) -> tuple[list[float], float]:
+    """One call after the other, then as many as the stream takes."""
+    calls: list[float] = []
+    async with opened(client, program) as (unit, events):
+        await wait_for(events, Started)
+        for _ in range(CALLS):
+            with timed(calls):
+                await unit.send_step(step)
+                await wait_for(events, StepResult)
+        began_s = time.perf_counter()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send_many, unit, step)
+            for _ in range(CALLS):
+                await wait_for(events, StepResult)
+        throughput = CALLS / (time.perf_counter() - began_s)
+    return calls, throughput
+
+
+async def send_many(unit: RemoteUnit, step: dict[str, torch.Tensor]) -> None:
+    for _ in range(CALLS):
+        await unit.send_step(step)
+
+
+@asynccontextmanager
+async def opened(
+    client: Client, program: Program
+) -> AsyncIterator[tuple[RemoteUnit, AsyncIterator[UnitEvent]]]:
+    async with client.open_unit(program, Needs()) as (_, unit):
+        await unit.start(program)
+        yield unit, unit.events()
+
+
+async def wait_for(events: AsyncIterator[UnitEvent], kind: type[UnitEvent]) -> None:
+    async for event in events:
+        if isinstance(event, kind):
+            return
+
+
+# --- transfer ---------------------------------------------------------------------------------
+
+
+async def transfer(nodes: Trio) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    async with open_client(nodes.submitter.paths) as client:
+        for mib in (64, 512):
+            size = mib * MIB
+            out = await best_of(3, lambda size=size: one_transfer(client, First(), size))
+            back = await best_of(3, lambda size=size: one_transfer(client, Grow(size), 1))
+            report[f"{mib}_mib"] = {
+                "out_mb_s": round(size / out / 1e6),
+                "back_mb_s": round(size / back / 1e6),
+                "plain_tcp_mb_s": round(size / await best_of(3, lambda s=size: tcp(s)) / 1e6),
+                "sealing_primitive_mb_s": round(size / sealing(size) / 1e6),
+            }
+    return report
+
+
+async def best_of(times: int, measure: Callable[[], Awaitable[float]]) -> float:
+    return min([await measure() for _ in range(times)])
+
+
+async def one_transfer(client: Client, module: torch.nn.Module, size: int) -> float:
+    """Seconds from the first byte of a step to the last byte of its result, in an open unit."""
+    x = torch.ones(size, dtype=torch.uint8)
+    program = export(module, (x,))
+    step = {program.spec.xs[0].name: x}
+    async with opened(client, program) as (unit, events):
+        await wait_for(events, Started)
+        began_s = time.perf_counter()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(unit.send_step, step)
+            await wait_for(events, StepResult)
+        return time.perf_counter() - began_s
+
+
+async def tcp(size: int) -> float:
+    """The same bytes through one trio TCP connection between two tasks, in 256 KiB writes."""
+    data = bytes(CHUNK_PLAINTEXT_BYTES)
+    done = trio.Event()
+
+    async def sink(stream: trio.SocketStream) -> None:
+        received = 0
+        while received < size:
+            received += len(await stream.receive_some(CHUNK_PLAINTEXT_BYTES))
+        done.set()
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, sink, [listener])
+        port = listener.socket.getsockname()[1]
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            began_s = time.perf_counter()
+            for _ in range(size // len(data)):
+                await stream.send_all(data)
+            await done.wait()
+            seconds = time.perf_counter() - began_s
+        nursery.cancel_scope.cancel()
+    return seconds
+
+
+def sealing(size: int) -> float:
+    """Seal and open the same bytes in this process, one after the other."""
+    submitter, worker, transcript = KeyPair(bytes(32)), KeyPair(bytes([1]) * 32), bytes(32)
+    sealer = Sealer(submitter.submitter_keys(worker.public, transcript).inbound)
+    opener = Opener(worker.worker_keys_untrusted(submitter.public, transcript).inbound)
+    opener.open_untrusted(sealer.preamble)
+    chunk = bytes(CHUNK_PLAINTEXT_BYTES)
+    began_s = time.perf_counter()
+    for _ in range(size // len(chunk)):
+        opener.open_untrusted(sealer.seal(chunk))
+    return time.perf_counter() - began_s
+
+
+# --- idle -------------------------------------------------------------------------------------
+
+
+async def idle(nodes: Trio) -> dict[str, Any]:
+    await trio.sleep(5)
+    watched = {"submitter": nodes.submitter.pid, "provider": nodes.provider.pid}
+    before = {name: cpu_s(pid) for name, pid in watched.items()}
+    await trio.sleep(IDLE_S)
+    return {
+        name: {
+            "rss_mb": round(psutil.Process(pid).memory_info().rss / 1e6, 1),
+            "pss_mb": round(psutil.Process(pid).memory_full_info().pss / 1e6, 1),
+            "cpu_percent": round(100 * (cpu_s(pid) - before[name]) / IDLE_S, 3),
+            "torch_loaded": "libtorch" in Path(f"/proc/{pid}/maps").read_text(),
+        }
+        for name, pid in watched.items()
+    }
+
+
+def cpu_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+# --- demo -------------------------------------------------------------------------------------
+
+
+def demo() -> dict[str, Any]:
+    """`scripts/demo --json`, twice: the second run finds everything installed and cached."""
+    runs = []
+    for _ in range(2):
+        began_s = time.monotonic()
+        done = subprocess.run(
+            [str(PROJECT / "scripts" / "demo"), "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        report = json.loads(done.stdout.splitlines()[-1])
+        runs.append({"wall": round(time.monotonic() - began_s, 1), **report["seconds"]})
+    return {"first": runs[0], "second": runs[1]}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": found[1] if found else platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "kernel": platform.release(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument("name", choices=("roundtrip", "transfer", "idle", "demo"))
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.name == "demo":
+        figures = demo()
+    else:
+        measure = {"roundtrip": roundtrip, "transfer": transfer, "idle": idle}[arguments.name]
+        with network_of_three(SETTINGS) as nodes:
+            figures = trio.run(measure, nodes)
+    report = {"schema": 1, "benchmark": arguments.name, "machine": machine(), "figures": figures}
+    print(json.dumps(report, indent=None if arguments.json else 2))
+
+
+if __name__ == "__main__":
+    main()
