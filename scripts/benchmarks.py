@@ -34,7 +34,7 @@ sys.path.insert(0, str(PROJECT))
 from nextgpu_node.graph.artifact import Program  # noqa: E402
 from nextgpu_node.graph.export import export  # noqa: E402
 from nextgpu_node.sdk.client import Client, open_client  # noqa: E402
-from nextgpu_node.sdk.events import Started, StepResult, UnitEvent  # noqa: E402
+from nextgpu_node.sdk.events import ReceiptVerified, Started, StepResult, UnitEvent  # noqa: E402
 from nextgpu_node.sdk.unit import Needs, RemoteUnit  # noqa: E402
 from nextgpu_protocol.limits import CHUNK_PLAINTEXT_BYTES, MIB  # noqa: E402
 from nextgpu_protocol.sealing import KeyPair, Opener, Sealer  # noqa: E402
@@ -122,9 +122,10 @@ async def fresh_units(
             await unit.start(program)
             await unit.send_step(step)
             await unit.close_input()
-            async for event in unit.events():
-                if isinstance(event, StepResult):
-                    results.append(time.perf_counter() - began_s)
+            events = unit.events()
+            await wait_for(events, StepResult)
+            results.append(time.perf_counter() - began_s)
+            await wait_for(events, ReceiptVerified)
         receipts.append(time.perf_counter() - began_s)
     return results, receipts
 
@@ -257,10 +258,14 @@ async def idle(nodes: Trio) -> dict[str, Any]:
             "rss_mb": round(psutil.Process(pid).memory_info().rss / 1e6, 1),
             "pss_mb": round(psutil.Process(pid).memory_full_info().pss / 1e6, 1),
             "cpu_percent": round(100 * (cpu_s(pid) - before[name]) / IDLE_S, 3),
-            "torch_loaded": "libtorch" in Path(f"/proc/{pid}/maps").read_text(),
+            "torch_loaded": has_torch(pid),
         }
         for name, pid in watched.items()
     }
+
+
+def has_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
 
 
 def cpu_s(pid: int) -> float:

@@ -39,7 +39,7 @@ log = structlog.get_logger()
 _CAPACITY_LIFETIME_MS = 60_000
 _RESTART_S = 10
 _WARM_WORKER_S = 24 * 3600.0
-_TIERS = {"A": 2, "C": 1, "none": 0}
+_TIERS = {"A": 2, "C": 1}
 _OFF = "sharing is off"
 
 
@@ -104,14 +104,15 @@ class Provider:
 
     async def _lend_once(self) -> None:
         self.sandbox = await trio.to_thread.run_sync(probe)
-        if _TIERS[self.sandbox.tier] < _TIERS[self._config.minimum_isolation]:
+        tier = self.sandbox.tier
+        if tier == "none" or _TIERS[tier] < _TIERS[self._config.minimum_isolation]:
             missing = ", ".join(layer for layer, _ in self.sandbox.missing) or "unknown"
             self._pause(f"the sandbox lacks layers: {missing}; see `nextgpu doctor`")
             return
         if self._device() is None:
             self._pause(f"there is no device {self._config.device!r}")
             return
-        launcher = Launcher(runtime_dir=self._worker_dir, tier=self.sandbox.tier)
+        launcher = Launcher(runtime_dir=self._worker_dir, tier=tier)
         async with trio.open_nursery() as nursery:
             await nursery.start(launcher.run)
             self._pool = WorkerPool(launcher, self._worker_policy(), self._config.warm_workers)
@@ -120,7 +121,7 @@ class Provider:
                 nursery.start_soon(self._pool.run)
                 self._reason = ""
                 self._update_policy()
-                log.info("sharing.started", tier=self.sandbox.tier)
+                log.info("sharing.started", tier=tier)
                 await trio.sleep_forever()
             finally:
                 self._pool = None
