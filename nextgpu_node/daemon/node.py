@@ -27,13 +27,14 @@ from nextgpu_node.api_types import (
 )
 from nextgpu_node.config import Config, set_value
 from nextgpu_node.daemon.borrowing import UNIT_PROTOCOL, Borrowing
+from nextgpu_node.daemon.devices import HostDevices
 from nextgpu_node.daemon.peers import (
     CAPACITY_PROTOCOL,
     PeerFinder,
     announce_forever,
     serve_capacity,
 )
-from nextgpu_node.daemon.provider import Provider, device_views
+from nextgpu_node.daemon.provider import Provider
 from nextgpu_node.errors import ConfigError, NextGPUError
 from nextgpu_node.identity import Identity
 from nextgpu_node.p2p.network import Network
@@ -56,7 +57,8 @@ class Node:
         self._identity = identity
         self._began_s = time.monotonic()
         self._addresses: list[str] = []
-        self._provider = Provider(config.sharing, identity, paths.worker_dir)
+        self._devices = HostDevices()
+        self._provider = Provider(config.sharing, identity, self._devices, paths.worker_dir)
         self._network = Network(
             _p2p_settings(config, identity),
             {UNIT_PROTOCOL: self._serve_unit, CAPACITY_PROTOCOL: self._serve_capacity},
@@ -78,6 +80,7 @@ class Node:
                 self._addresses = await nursery.start(self._network.run)
                 await nursery.start(api_server.run, self, self._paths.api_socket)
                 nursery.start_soon(self._serve_unit_socket, unit_socket)
+                nursery.start_soon(self._devices.run)
                 nursery.start_soon(self._provider.run)
                 nursery.start_soon(announce_forever, self._network, self._provider.capability_keys)
                 task_status.started(self._addresses)
@@ -99,7 +102,7 @@ class Node:
             uptime_s=round(time.monotonic() - self._began_s, 1),
             connected_peers=self._network.connected_peers(),
             sharing=self._provider.sharing_view(),
-            devices=device_views(),
+            devices=self._devices.views(),
             runtime=self._provider.runtime,
             isolation=list(sandbox.layers),
             isolation_tier=sandbox.tier,

@@ -13,16 +13,17 @@ from pathlib import Path
 import structlog
 import trio
 
-from nextgpu_node.api_types import DeviceView, SharingView, UnitView
+from nextgpu_node.api_types import SharingView, UnitView
 from nextgpu_node.config import SharingConfig
 from nextgpu_node.core.admission import OwnerPolicy
 from nextgpu_node.core.lending import Lending
 from nextgpu_node.daemon.clock import now_ms
+from nextgpu_node.daemon.devices import HostDevices, as_message
 from nextgpu_node.daemon.lending import LentUnit
 from nextgpu_node.daemon.workers import WorkerPool
 from nextgpu_node.errors import SandboxError
 from nextgpu_node.frames import ByteStream
-from nextgpu_node.hostinfo.devices import choose_device, default_threads, list_devices
+from nextgpu_node.hostinfo.devices import Device, default_threads
 from nextgpu_node.identity import Identity
 from nextgpu_node.sandbox.launcher import Launcher, Worker
 from nextgpu_node.sandbox.policy import WorkerPolicy
@@ -31,7 +32,7 @@ from nextgpu_protocol.capability import keys_for_capacity
 from nextgpu_protocol.envelope import sign_message
 from nextgpu_protocol.errors import ErrorCode
 from nextgpu_protocol.ids import PeerId, PeerKey
-from nextgpu_protocol.messages import SUITE, Capacity, DeviceInfo
+from nextgpu_protocol.messages import SUITE, Capacity
 from nextgpu_protocol.program_limits import TABLE_VERSION
 
 log = structlog.get_logger()
@@ -46,8 +47,11 @@ _OFF = "sharing is off"
 class Provider:
     """Lends one device of this host.  `run` it once; it follows `set_enabled`."""
 
-    def __init__(self, config: SharingConfig, identity: Identity, worker_dir: Path) -> None:
+    def __init__(
+        self, config: SharingConfig, identity: Identity, devices: HostDevices, worker_dir: Path
+    ) -> None:
         self._config = config
+        self._devices = devices
         self._identity = identity
         self._worker_dir = worker_dir
         self._enabled = config.enabled
@@ -109,13 +113,16 @@ class Provider:
             missing = ", ".join(layer for layer, _ in self.sandbox.missing) or "unknown"
             self._pause(f"the sandbox lacks layers: {missing}; see `nextgpu doctor`")
             return
-        if self._device() is None:
+        device = self._devices.chosen(self._config.device)
+        if device is None:
             self._pause(f"there is no device {self._config.device!r}")
             return
         launcher = Launcher(runtime_dir=self._worker_dir, tier=tier)
         async with trio.open_nursery() as nursery:
             await nursery.start(launcher.run)
-            self._pool = WorkerPool(launcher, self._worker_policy(), self._config.warm_workers)
+            self._pool = WorkerPool(
+                launcher, self._worker_policy(device), self._config.warm_workers
+            )
             try:
                 await self._pool.fill()
                 nursery.start_soon(self._pool.run)
@@ -134,18 +141,6 @@ class Provider:
 
     # --- what we are ------------------------------------------------------------------------
 
-    def _device(self) -> DeviceInfo | None:
-        device = choose_device(list_devices(), self._config.device)
-        if device is None:
-            return None
-        return DeviceInfo(
-            kind=device.kind,
-            name=device.name[:120],
-            memory_total_bytes=device.total_memory_bytes,
-            memory_free_bytes=device.free_memory_bytes,
-            compute_capability=device.compute_capability,
-        )
-
     @property
     def is_active(self) -> bool:
         """Lending at this moment: switched on, and everything that it takes is there."""
@@ -158,10 +153,11 @@ class Provider:
 
     def _policy(self) -> OwnerPolicy:
         config = self._config
+        device = self._devices.chosen(config.device)
         return OwnerPolicy(
             sharing=self.is_active,
             reason=self._reason,
-            device=self._device(),
+            device=as_message(device) if device else None,
             max_concurrent_units=config.max_concurrent_units,
             memory_bytes=config.max_memory_bytes,
             max_seconds=config.max_unit_seconds,
@@ -175,10 +171,8 @@ class Provider:
     def _update_policy(self) -> None:
         self._decider.policy = self._policy()
 
-    def _worker_policy(self) -> WorkerPolicy:
+    def _worker_policy(self, device: Device) -> WorkerPolicy:
         config = self._config
-        device = choose_device(list_devices(), config.device)
-        assert device is not None
         return WorkerPolicy(
             memory_bytes=config.max_memory_bytes,
             max_threads=config.threads or default_threads(),
@@ -279,17 +273,3 @@ class Provider:
                 unit.stop("owner_stopped", ErrorCode.CANCELLED)
                 return True
         return False
-
-
-def device_views() -> list[DeviceView]:
-    """Every device of this host, for its owner."""
-    return [
-        DeviceView(
-            kind=device.kind,
-            name=device.name,
-            memory_total_bytes=device.total_memory_bytes,
-            memory_free_bytes=device.free_memory_bytes,
-            compute_capability=device.compute_capability,
-        )
-        for device in list_devices()
-    ]

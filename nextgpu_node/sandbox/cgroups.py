@@ -115,10 +115,30 @@ class Hierarchy:
             _set_if_present(directory / "memory.memsw.limit_in_bytes", memory_bytes)
         return Group(self.version, directory)
 
-    def leftovers(self, name_prefix: str) -> Iterator[Group]:
-        """Groups of an earlier daemon whose names begin with `name_prefix`."""
-        for path in sorted(self._parent.glob(f"{_PREFIX}{name_prefix}*")):
-            yield Group(self.version, path)
+    def leftovers(self) -> Iterator[Group]:
+        """Groups whose daemon no longer lives: it was killed, in this run directory or another."""
+        for path in sorted(self._parent.glob(f"{_PREFIX}*-*")):
+            owner = path.name.removeprefix(_PREFIX).partition("-")[0]
+            pid, _, started = owner.partition(".")
+            if pid.isdigit() and start_ticks(int(pid)) != int(started or 0):
+                yield Group(self.version, path)
+
+
+def owner_name() -> str:
+    """How this process marks its groups, as `leftovers` reads it: id and start time."""
+    return f"{os.getpid()}.{start_ticks(os.getpid())}"
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; with its id, its identity (proc(5)).
+
+    None where there is no such process.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[19])
 
 
 def find_hierarchy() -> Hierarchy | None:

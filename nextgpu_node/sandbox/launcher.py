@@ -353,7 +353,7 @@ class Launcher:
         if self._hierarchy is not None:
             try:
                 group = self._hierarchy.create(
-                    f"{self._name}-{self._spawn_count}",
+                    f"{cgroups.owner_name()}-{self._name}-{self._spawn_count}",
                     memory_bytes=plan.cgroup_memory_bytes,
                     pids=plan.cgroup_pids,
                 )
@@ -583,8 +583,7 @@ class Launcher:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = {
             "zygote_pid": zygote.process.pid,
-            "zygote_started": _start_ticks(zygote.process.pid),
-            "groups": self._name,
+            "zygote_started": cgroups.start_ticks(zygote.process.pid),
         }
         temporary = self._directory / "state.json.new"
         temporary.write_text(json.dumps(state))
@@ -599,11 +598,10 @@ class Launcher:
             state = {}
         if state:
             await _kill_if_same(int(state["zygote_pid"]), int(state["zygote_started"]))
-            groups = self._hierarchy.leftovers(state["groups"]) if self._hierarchy else ()
-            for group in groups:
-                with trio.move_on_after(_WIPE_DEADLINE_S):
-                    await group.remove()
             log.warning("sandbox.leftovers_removed")
+        for group in self._hierarchy.leftovers() if self._hierarchy else ():
+            with trio.move_on_after(_WIPE_DEADLINE_S):
+                await group.remove()
         for leftover in self._directory.glob("*"):
             leftover.unlink()
 
@@ -631,19 +629,13 @@ def _claim_hierarchy() -> cgroups.Hierarchy | None:
     return hierarchy
 
 
-def _start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot: with its id, its identity (proc(5))."""
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return int(stat.rpartition(")")[2].split()[19])
-
-
 async def _kill_if_same(pid: int, started: int) -> None:
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
         return
     try:
-        if _start_ticks(pid) == started:
+        if cgroups.start_ticks(pid) == started:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             with trio.move_on_after(_WIPE_DEADLINE_S):
                 await trio.lowlevel.wait_readable(pidfd)

@@ -77,6 +77,8 @@ def _harden(channel: socket.socket) -> None:
 def _load(name: str) -> tuple[ModuleType, str]:
     module = importlib.import_module(name)
     runtime: str = module.preload()
+    # The first call imports and allocates (numpy.random: 15 ms); let that be here, once.
+    _reseed(module)
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1:
         raise RuntimeError(f"preload() left {threads} threads running; a fork needs one")
@@ -220,12 +222,16 @@ def _run_worker(
         _report(socket_fd, exc)
         return EXIT_UNCONFINED
     # Every child has inherited the same generator states.
-    reseed = getattr(module, "reseed", None)
-    if reseed is not None:
-        reseed()
+    _reseed(module)
     with socket.socket(fileno=worker_fd) as sock:
         # What the worker has to say of its end beyond that is sealed to the submitter.
         return int(module.serve(sock, dict(plan.limits)) or 0)
+
+
+def _reseed(module: ModuleType) -> None:
+    reseed = getattr(module, "reseed", None)
+    if reseed is not None:
+        reseed()
 
 
 def _report(socket_fd: int, exc: ConfineError) -> None:

@@ -14,7 +14,6 @@ from nextgpu_protocol.framing import FrameDecoder, FrameKind, encode_frame
 
 def preload() -> str:
     torch.set_num_threads(1)
-    reseed()  # its first call imports and allocates: better here, once, than in each child
     (torch.ones(8, 8) @ torch.ones(8, 8)).sum().item()
     return f"torch {torch.__version__}"
 

@@ -119,8 +119,6 @@ def test_nothing_stands_in_the_way_of_the_sandbox(unit: Path) -> None:
     breaks_the_sandbox = {
         "RestrictNamespaces",
         "ProtectControlGroups",
-        "ProtectKernelTunables",
-        "ProtectKernelLogs",
         "ProcSubset",
         "PrivateDevices",
         "MemoryDenyWriteExecute",

@@ -93,11 +93,14 @@ async def test_remove_takes_the_directory_away(tmp_path: Path) -> None:
     assert not group.directory.exists()
 
 
-def test_leftovers_are_those_of_one_daemon(tmp_path: Path) -> None:
-    for name in ("nextgpu-aa-1", "nextgpu-aa-2", "nextgpu-bb-1", "other"):
-        (tmp_path / name).mkdir()
-    found = [group.directory.name for group in Hierarchy(2, tmp_path).leftovers("aa")]
-    assert found == ["nextgpu-aa-1", "nextgpu-aa-2"]
+def test_leftovers_are_those_of_dead_daemons(tmp_path: Path) -> None:
+    alive = cgroups.owner_name()
+    reused = alive.partition(".")[0] + ".1"  # the same process id, another process
+    for name in (f"{alive}-x-1", f"{reused}-x-1", "4194304.7-x-2", "daemon"):
+        (tmp_path / f"nextgpu-{name}").mkdir()
+    (tmp_path / "other").mkdir()
+    found = {group.directory.name for group in Hierarchy(2, tmp_path).leftovers()}
+    assert found == {f"nextgpu-{reused}-x-1", "nextgpu-4194304.7-x-2"}
 
 
 def test_own_groups_are_read_per_controller() -> None:

@@ -1,0 +1,52 @@
+"""What this host's devices are at this moment, without ever waiting for a driver."""
+
+from __future__ import annotations
+
+import trio
+
+from nextgpu_node.api_types import DeviceView
+from nextgpu_node.hostinfo.devices import Device, choose_device, list_devices
+from nextgpu_protocol.messages import DeviceInfo
+
+_REFRESH_S = 5
+_MAX_NAME_CHARS = 120
+
+
+class HostDevices:
+    """The devices, asked for anew every few seconds in a thread: a driver call may hang."""
+
+    def __init__(self) -> None:
+        self._devices = list_devices()
+
+    async def run(self) -> None:
+        while True:
+            await trio.sleep(_REFRESH_S)
+            self._devices = await trio.to_thread.run_sync(list_devices, abandon_on_cancel=True)
+
+    def chosen(self, wanted: str) -> Device | None:
+        """The device that `sharing.device` names."""
+        return choose_device(self._devices, wanted)
+
+    def views(self) -> list[DeviceView]:
+        """Every device, for its owner."""
+        return [
+            DeviceView(
+                kind=device.kind,
+                name=device.name,
+                memory_total_bytes=device.total_memory_bytes,
+                memory_free_bytes=device.free_memory_bytes,
+                compute_capability=device.compute_capability,
+            )
+            for device in self._devices
+        ]
+
+
+def as_message(device: Device) -> DeviceInfo:
+    """The device as peers are told of it: nothing that tells this machine from another alike."""
+    return DeviceInfo(
+        kind=device.kind,
+        name=device.name[:_MAX_NAME_CHARS],
+        memory_total_bytes=device.total_memory_bytes,
+        memory_free_bytes=device.free_memory_bytes,
+        compute_capability=device.compute_capability,
+    )
