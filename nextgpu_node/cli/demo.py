@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -98,6 +99,8 @@ def _run_phases(demo: Demo, work: Path, stack: ExitStack) -> None:
     with demo.phase("start_daemons"):
         provider, submitter = _start_daemons(demo, work, stack)
     sentences = Sentences.load()
+    # The local run, to compare with, shares the wait for the export with it.
+    local = stack.enter_context(ThreadPoolExecutor(1)).submit(_embed_locally, sentences)
     with demo.phase("export"):
         _export(demo, work, sentences)
     with demo.phase("find_peer"):
@@ -108,25 +111,22 @@ def _run_phases(demo: Demo, work: Path, stack: ExitStack) -> None:
     with demo.phase("verify_wipe"):
         _verify_wipe(demo, provider, submitter, workers)
     with demo.phase("compare"):
-        _compare(demo, work, sentences)
+        _compare(demo, work, sentences, local.result())
 
 
 def _start_daemons(demo: Demo, work: Path, stack: ExitStack) -> tuple[DaemonProcess, DaemonProcess]:
-    first = stack.enter_context(DaemonProcess(work / "dht"))
-    bootstrap = [first.ready.address]
+    """The three daemons; the provider still fetches its launcher when this returns."""
+    bootstrap = [stack.enter_context(DaemonProcess(work / "dht")).wait_ready().address]
+    # Tier C is the floor for this demo: where the host refuses namespaces, it says so and runs.
     lending = {"sharing.enabled": "true", "sharing.minimum_isolation": "C"}
     provider = stack.enter_context(
         DaemonProcess(work / "lend", bootstrap=bootstrap, settings=lending)
     )
     submitter = stack.enter_context(DaemonProcess(work / "borrow", bootstrap=bootstrap))
+    provider.wait_ready()
+    submitter.wait_ready()
     demo.say("three nodes on loopback: a DHT node, a provider, a submitter")
-    wait_until(lambda: _is_sharing(provider), _PEER_DEADLINE_S, "the provider to lend")
     return provider, submitter
-
-
-def _is_sharing(provider: DaemonProcess) -> bool:
-    sharing: Any = run_cli(provider.home, "status").get("sharing")
-    return bool(sharing and sharing["active"])
 
 
 def _export(demo: Demo, work: Path, sentences: Sentences) -> None:
@@ -210,16 +210,22 @@ def _files_with_canary(directories: list[Path]) -> list[Path]:
     return [file for file in files if _CANARY in file.read_bytes()]
 
 
-def _compare(demo: Demo, work: Path, sentences: Sentences) -> None:
+def _embed_locally(sentences: Sentences) -> Tensor:
     """The same model on the same tokens, here."""
     import torch
-    from safetensors.torch import load_file
 
     from nextgpu_node.cli.demo_model import embedder, tokenize
 
-    remote = load_file(work / "embeddings.safetensors")["embedding"]
+    torch.set_num_threads(1)
     with torch.inference_mode():
-        local = embedder()(**tokenize(sentences.texts))["embedding"]
+        embeddings: Tensor = embedder()(**tokenize(sentences.texts))["embedding"]
+    return embeddings
+
+
+def _compare(demo: Demo, work: Path, sentences: Sentences, local: Tensor) -> None:
+    from safetensors.torch import load_file
+
+    remote = load_file(work / "embeddings.safetensors")["embedding"]
     demo.facts["max_abs_diff"] = float((remote - local).abs().max())
     demo.facts["cosine"] = float((remote * local).sum(-1).min())
     demo.say()

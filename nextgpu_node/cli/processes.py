@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,8 @@ class DaemonProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> DaemonProcess:
-        self.start()
+        """Started, not yet awaited: several come up side by side."""
+        self.begin()
         return self
 
     def __exit__(
@@ -74,7 +75,12 @@ class DaemonProcess:
         return self._process.poll() if self._process else None
 
     def start(self) -> Ready:
-        """Start it and wait until it serves.  Raises NextGPUError with its last words if not."""
+        """Start it and wait until it serves.  Raises NextGPUError if it does not."""
+        self.begin()
+        return self.wait_ready()
+
+    def begin(self) -> None:
+        """Start it without waiting."""
         reader, writer = os.pipe()
         command = [sys.executable, "-m", "nextgpu_node.daemon.main", "--home", str(self.home)]
         command += ["--ready-fd", str(writer)]
@@ -89,11 +95,15 @@ class DaemonProcess:
             start_new_session=True,
         )
         os.close(writer)
-        with os.fdopen(reader) as pipe:
+        self._ready_pipe = os.fdopen(reader)
+
+    def wait_ready(self) -> Ready:
+        """Until it serves."""
+        with self._ready_pipe as pipe:
             line = pipe.readline() if _readable(pipe.fileno(), _READY_DEADLINE_S) else ""
         if not line:
             self.stop()
-            raise NextGPUError(f"A daemon of the demo did not start (exit {self.returncode}).")
+            raise NextGPUError(f"A daemon did not start (exit {self.returncode}).")
         report = json.loads(line)
         self.ready = Ready(report["peer_id"], report["addresses"][0])
         return self.ready
@@ -136,9 +146,8 @@ def run_cli(home: Path, *arguments: str, check: bool = True) -> dict[str, object
     return reply
 
 
-def wait_until(condition: object, deadline_s: float, what: str) -> None:
+def wait_until(condition: Callable[[], bool], deadline_s: float, what: str) -> None:
     """Poll `condition` until it is true.  Raises NextGPUError naming `what` after the deadline."""
-    assert callable(condition)
     end_s = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > end_s:

@@ -62,8 +62,9 @@ class WorkerPool:
                     continue
                 await self._taken.wait()
         finally:
-            while self._ready:
-                await self._ready.popleft().finish()
+            async with trio.open_nursery() as nursery:
+                while self._ready:
+                    nursery.start_soon(self._ready.popleft().finish)
 
     async def fill(self) -> None:
         """Bring the pool to its size.  Raises SandboxError where a worker can not be started."""

@@ -47,7 +47,9 @@ def reseed() -> None:
     """Forked workers share the launcher's random state: give this one its own."""
     random.seed(os.urandom(16))
     np.random.seed(int.from_bytes(os.urandom(4)))
-    torch.manual_seed(int.from_bytes(os.urandom(8)) >> 1)
+    # Only the CPU's generator: torch.manual_seed also asks every other backend (2 ms), and those
+    # start in this process anyway.
+    torch.default_generator.manual_seed(int.from_bytes(os.urandom(8)) >> 1)
 
 
 def serve(sock: socket.socket, limits: Mapping[str, int | str]) -> int:

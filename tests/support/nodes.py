@@ -61,12 +61,14 @@ def network_of_three(settings: Mapping[str, str] | None = None) -> Iterator[Trio
         with ExitStack() as stack:
             log = stack.enter_context((work / "log").open("wb"))
             first = stack.enter_context(DaemonProcess(work / "dht", log=log))
-            bootstrap = [first.ready.address]
+            bootstrap = [first.wait_ready().address]
             lending = {**LENDING, **(settings or {})}
             provider = DaemonProcess(work / "lend", bootstrap=bootstrap, settings=lending, log=log)
             stack.enter_context(provider)
             submitter = DaemonProcess(work / "borrow", bootstrap=bootstrap, log=log)
             stack.enter_context(submitter)
+            provider.wait_ready()
+            submitter.wait_ready()
             nodes = Trio(first, provider, submitter, work / "log")
             wait_until(lambda: has_peer(submitter), 60, "the provider to be found")
             yield nodes
