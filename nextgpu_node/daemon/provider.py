@@ -38,7 +38,7 @@ from nextgpu_protocol.program_limits import TABLE_VERSION
 log = structlog.get_logger()
 
 _CAPACITY_LIFETIME_MS = 60_000
-_RESTART_S = 10
+_RESTART_S = 30
 _WARM_WORKER_S = 24 * 3600.0
 _TIERS = {"A": 2, "C": 1}
 _OFF = "sharing is off"

@@ -10,7 +10,14 @@ from nacl.signing import SigningKey
 from nextgpu_node.core.admission import OwnerPolicy
 from nextgpu_protocol.envelope import Signed, sign_message
 from nextgpu_protocol.limits import GIB, MIB
-from nextgpu_protocol.messages import SUITE, DeviceInfo, Offer, UnitHeader, UnitRequest
+from nextgpu_protocol.messages import (
+    SUITE,
+    DeviceInfo,
+    Metering,
+    Offer,
+    UnitHeader,
+    UnitRequest,
+)
 
 NOW_MS = 1_800_000_000_000
 PROVIDER = SigningKey(bytes([1]) * 32)
@@ -53,6 +60,8 @@ OFFER = Offer(
     issued_at_ms=NOW_MS,
     expires_at_ms=NOW_MS + 30_000,
 )
+
+METERING = Metering(wall_ms=1, cpu_ms=1, peak_memory_bytes=1, input_bytes=1, output_bytes=1)
 
 POLICY = OwnerPolicy(
     sharing=True,

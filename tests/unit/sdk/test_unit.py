@@ -1,0 +1,145 @@
+"""What a submitter believes: each lie of a peer or of the daemon in between is found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+
+from nextgpu_node.api_types import PeerView
+from nextgpu_node.errors import DaemonUnreachable, IntegrityError, NextGPUError, PeerLost, Refused
+from nextgpu_node.graph.artifact import Program
+from nextgpu_node.sdk.events import ReceiptVerified, StepResult, UnitEvent
+from nextgpu_node.sdk.unit import Needs, open_unit
+from nextgpu_protocol.errors import ErrorCode
+from nextgpu_protocol.ids import peer_id_from_public_key
+from nextgpu_protocol.limits import MIB
+from nextgpu_protocol.program import (
+    TENSOR,
+    Graph,
+    Node,
+    ProgramSpec,
+    Ref,
+    TensorSpec,
+)
+from tests.support.lying_peer import LyingPeer
+from tests.support.messages import PROVIDER, STRANGER
+
+X = TensorSpec("x", "float32", (2,))
+Y = TensorSpec("y", "float32", (2,))
+SPEC = ProgramSpec(
+    min_table_version=1,
+    step=Graph((Node("aten.add.Tensor", (Ref(0), Ref(0)), (), TENSOR),), (1,)),
+    xs=(X,),
+    ys=(Y,),
+)
+PROGRAM = Program.from_parts(SPEC, {}, {})
+RESULT = {"y": torch.tensor([2.0, 4.0])}
+PEER = PeerView(
+    peer_id=peer_id_from_public_key(bytes(PROVIDER.verify_key)),
+    latency_ms=1,
+    sharing=True,
+    reason="",
+    devices=[],
+    free_slots=1,
+    memory_bytes=64 * MIB,
+    max_seconds=10,
+    input_bytes=MIB,
+    output_bytes=MIB,
+    runtime="",
+    table_version=1,
+    isolation=[],
+)
+
+
+async def events_from(peer: LyingPeer, directory: Path) -> list[UnitEvent]:
+    """Everything the submitter's side says of one unit with `peer`."""
+    peer.result = peer.result or RESULT
+    path = directory / "units.sock"
+    sock = trio.socket.socket(trio.socket.AF_UNIX)
+    await sock.bind(str(path))
+    sock.listen()
+    events: list[UnitEvent] = []
+    failure: NextGPUError | None = None
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, peer.serve, [trio.SocketListener(sock)])
+            try:
+                await one_unit(path, events)
+            except NextGPUError as exc:
+                failure = exc
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return events
+
+
+async def one_unit(path: Path, events: list[UnitEvent]) -> None:
+    async with open_unit(path, PEER, Needs(), table_version=1) as unit:
+        await unit.start(PROGRAM)
+        await unit.send_step({"x": torch.tensor([1.0, 2.0])})
+        await unit.close_input()
+        async for event in unit.events():
+            events.append(event)
+
+
+def flip_last_bit(chunk: bytes) -> bytes:
+    return chunk[:-1] + bytes([chunk[-1] ^ 1])
+
+
+async def test_an_honest_peer_is_believed(tmp_path: Path) -> None:
+    events = await events_from(LyingPeer(), tmp_path)
+    (result,) = [event for event in events if isinstance(event, StepResult)]
+    assert torch.equal(result.tensors["y"], RESULT["y"])
+    assert isinstance(events[-1], ReceiptVerified)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"offer_key": STRANGER},
+        {"receipt_key": STRANGER},
+        {"change_offer": lambda offer: replace(offer, request_hash=bytes(32))},
+        {"change_offer": lambda offer: replace(offer, submitter_key=bytes(32))},
+        {"change_offer": lambda offer: replace(offer, suite=2)},
+        {"change_offer": lambda offer: replace(offer, one_time_key=bytes(32))},
+        {"change_draft": lambda draft: replace(draft, expires_at_ms=draft.expires_at_ms - 1)},
+        {"change_receipt": lambda receipt: replace(receipt, unit_id=bytes(16))},
+        {"change_receipt": lambda receipt: replace(receipt, transcript_hash=bytes(32))},
+        {"change_receipt": lambda receipt: replace(receipt, output_hash=bytes(32))},
+        {"change_receipt": lambda receipt: replace(receipt, input_hash=bytes(32))},
+        {"change_chunk": flip_last_bit},
+        {"say_done": False},
+    ],
+    ids=lambda lie: next(iter(lie)),
+)
+async def test_a_lie_is_an_integrity_error(lie: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError):
+        await events_from(LyingPeer(**lie), tmp_path)
+
+
+@pytest.mark.parametrize("cut", [{"send_receipt": False}, {"seal_final": False}])
+async def test_a_stream_that_is_cut_short_is_a_lost_peer(
+    cut: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(PeerLost):
+        await events_from(LyingPeer(**cut), tmp_path)
+
+
+async def test_results_of_another_shape_are_not_taken(tmp_path: Path) -> None:
+    with pytest.raises(NextGPUError, match="do not match"):
+        await events_from(LyingPeer(result={"y": torch.ones(3)}), tmp_path)
+
+
+async def test_a_refusal_is_told_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="slots are in use"):
+        await events_from(LyingPeer(refuse=ErrorCode.BUSY), tmp_path)
+
+
+async def test_without_a_daemon_the_error_says_what_to_start(tmp_path: Path) -> None:
+    with pytest.raises(DaemonUnreachable, match="nextgpu up"):
+        await one_unit(tmp_path / "nobody.sock", [])
