@@ -147,12 +147,13 @@ def plan_worker(policy: WorkerPolicy, layout: HostLayout, tier: Tier = "A") -> P
 def _mounts(policy: WorkerPolicy, layout: HostLayout) -> tuple[Mount, ...]:
     scratch = f"size={policy.tmpfs_bytes},nr_inodes={policy.tmpfs_inodes},mode=700"
     mounts = [
+        # First: a project that lives below /tmp is mounted into it, not hidden by it.
+        Mount(SCRATCH, kind="scratch", options=scratch),
         *_trees(layout),
         # torch, numpy and the interpreter ask the kernel for entropy; some code opens the device.
         Mount("/dev/urandom", "/dev/urandom", "device"),
         Mount("/dev/null", "/dev/null", "device"),
         Mount("/dev/zero", "/dev/zero", "device"),
-        Mount(SCRATCH, kind="scratch", options=scratch),
     ]
     if policy.device != "cpu":
         # The driver writes thread names below /proc/self and reads /proc/driver.

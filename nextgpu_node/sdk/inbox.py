@@ -17,6 +17,7 @@ from nextgpu_node.sdk.events import (
 from nextgpu_node.sdk.outcome import error_for, status_error
 from nextgpu_protocol.codec import decode_message_untrusted
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.limits import MAX_MESSAGE_BYTES
 from nextgpu_protocol.messages import Receipt, Refusal
 from nextgpu_protocol.program import ProgramSpec, TensorSpec
 from nextgpu_protocol.records import Record, RecordKind, UnitSummary
@@ -35,6 +36,7 @@ class Inbox:
         self._max_bytes = max_bytes
         self._image: TensorImageReader | None = None
         self._prefix = bytearray()
+        self._words = bytearray()
         self._continued: RecordKind | None = None
         self._results = 0
         self._failure: Refusal | None = None
@@ -54,12 +56,8 @@ class Inbox:
                 return self._final(record)
             case RecordKind.STARTED:
                 return [Started()]
-            case RecordKind.DONE:
-                self.summary = decode_message_untrusted(UnitSummary, bytes(record.body))
-                return [Finished(summary=self.summary)]
-            case RecordKind.FAILED:
-                self._failure = decode_message_untrusted(Refusal, bytes(record.body))
-                return []
+            case RecordKind.DONE | RecordKind.FAILED:
+                return self._last_word(record)
             case _:
                 raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, record.kind.name)
 
@@ -101,6 +99,20 @@ class Inbox:
         self._image = None
         self._prefix.clear()
         return [Checkpoint(steps=steps, carry=reader.finish_untrusted())]
+
+    def _last_word(self, record: Record) -> list[UnitEvent]:
+        """DONE or FAILED; even these few bytes may be cut by the end of a chunk."""
+        self._words += record.body
+        if len(self._words) > MAX_MESSAGE_BYTES:
+            raise RemoteProtocolError(ErrorCode.TOO_LARGE, record.kind.name)
+        if record.more:
+            return []
+        words = bytes(self._words)
+        if record.kind is RecordKind.FAILED:
+            self._failure = decode_message_untrusted(Refusal, words)
+            return []
+        self.summary = decode_message_untrusted(UnitSummary, words)
+        return [Finished(summary=self.summary)]
 
     def _reader(self, expected: Sequence[TensorSpec]) -> TensorImageReader:
         if self._image is None:

@@ -192,6 +192,7 @@ class RemoteUnit:
             raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "submitter_key")
         if offer.message.suite != SUITE:
             raise RemoteProtocolError(ErrorCode.UNKNOWN_SUITE, "the offer")
+        _check_amounts_untrusted(offer.message, request.message)
         check_window_untrusted(
             offer.message.issued_at_ms, offer.message.expires_at_ms, now_ms=_now_ms()
         )
@@ -328,6 +329,15 @@ class RemoteUnit:
         read_all = inbox.summary is not None and not inbox.summary.stopped_early
         if read_all and receipt.input_hash != self._sent.digest():
             raise RemoteProtocolError(ErrorCode.BAD_SEAL, "the receipt names other inputs")
+
+
+def _check_amounts_untrusted(offer: Offer, request: UnitRequest) -> None:
+    """An offer of less than was asked for would end the unit half-way: better not to begin."""
+    for name in ("memory_bytes", "max_seconds", "input_bytes", "output_bytes"):
+        if getattr(offer, name) < getattr(request, name):
+            raise RemoteProtocolError(ErrorCode.OVER_LIMIT, f"the offer's {name}")
+    if request.device_kind not in ("any", offer.device.kind):
+        raise RemoteProtocolError(ErrorCode.NO_SUCH_DEVICE, "the offer's device")
 
 
 async def _connect(units_socket: Path) -> trio.SocketStream:

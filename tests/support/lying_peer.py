@@ -93,6 +93,8 @@ class LyingPeer:
             one_time_key=self._otk.public,
             request_hash=request.hash,
             submitter_key=request.signer,
+            memory_bytes=request.message.memory_bytes,
+            max_seconds=request.message.max_seconds,
             issued_at_ms=now_ms,
             expires_at_ms=now_ms + 30_000,
         )

@@ -68,6 +68,12 @@ def test_the_only_writable_mount_is_a_bounded_scratch() -> None:
     ]
 
 
+def test_a_project_below_the_scratch_is_mounted_after_it() -> None:
+    layout = dataclasses.replace(LAYOUT, packages=("/tmp/project/nextgpu_node",))
+    targets = [mount.target for mount in plan_worker(POLICY, layout).mounts]
+    assert targets.index("/tmp") < targets.index("/tmp/project/nextgpu_node")
+
+
 def test_root_daemon_needs_no_user_namespace_and_leaves_root() -> None:
     plan = _plan()
     assert plan.namespaces == ("mount", "pid", "network", "ipc", "uts", "cgroup")

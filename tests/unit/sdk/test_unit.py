@@ -13,8 +13,11 @@ import trio
 from nextgpu_node.api_types import PeerView
 from nextgpu_node.errors import DaemonUnreachable, IntegrityError, NextGPUError, PeerLost, Refused
 from nextgpu_node.graph.artifact import Program
+from nextgpu_node.graph.tensors import encode_tensors
 from nextgpu_node.sdk.events import ReceiptVerified, StepResult, UnitEvent
+from nextgpu_node.sdk.inbox import Inbox
 from nextgpu_node.sdk.unit import Needs, open_unit
+from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.errors import ErrorCode
 from nextgpu_protocol.ids import peer_id_from_public_key
 from nextgpu_protocol.limits import MIB
@@ -25,6 +28,12 @@ from nextgpu_protocol.program import (
     ProgramSpec,
     Ref,
     TensorSpec,
+)
+from nextgpu_protocol.records import (
+    RecordKind,
+    RecordWriter,
+    UnitSummary,
+    read_records_untrusted,
 )
 from tests.support.lying_peer import LyingPeer
 from tests.support.messages import PROVIDER, STRANGER
@@ -133,6 +142,27 @@ async def test_a_stream_that_is_cut_short_is_a_lost_peer(
 async def test_results_of_another_shape_are_not_taken(tmp_path: Path) -> None:
     with pytest.raises(NextGPUError, match="do not match"):
         await events_from(LyingPeer(result={"y": torch.ones(3)}), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["memory_bytes", "max_seconds", "input_bytes", "output_bytes"])
+async def test_an_offer_of_less_than_asked_is_not_taken_up(name: str, tmp_path: Path) -> None:
+    peer = LyingPeer(change_offer=lambda offer: replace(offer, **{name: 1}))
+    with pytest.raises(Refused, match=name):
+        await events_from(peer, tmp_path)
+
+
+async def test_the_last_word_may_be_cut_by_the_end_of_a_chunk(tmp_path: Path) -> None:
+    """A result of just this size leaves two bytes of the chunk to DONE."""
+    for size in range(65_490, 65_530):
+        spec = replace(SPEC, ys=(replace(Y, shape=(size,)),))
+        inbox = Inbox(spec, max_bytes=MIB)
+        writer = RecordWriter()
+        chunks = list(writer.write(RecordKind.RESULT, encode_tensors({"y": torch.ones(size)})))
+        chunks += writer.write(RecordKind.DONE, [encode_message(UnitSummary(1, 2, 3, False))])
+        for chunk in (*chunks, *writer.flush()):
+            for record in read_records_untrusted(chunk):
+                list(inbox.take_untrusted(record))
+        assert inbox.summary == UnitSummary(1, 2, 3, False)
 
 
 async def test_a_refusal_is_told_with_its_reason(tmp_path: Path) -> None:
