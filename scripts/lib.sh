@@ -59,7 +59,8 @@ install_system_packages() {
 set_up() {
   local extras=$1 stamp python
   stamp=$(cat pyproject.toml constraints.txt scripts/lib.sh | sha256sum | cut -c1-32)-$extras
-  if [ -x "$PYTHON" ] && grep -qxF "$stamp" "$VENV/.nextgpu-stamps" 2>/dev/null; then
+  # As a prefix: an environment for "worker,demo,dev" serves "worker,demo" too.
+  if [ -x "$PYTHON" ] && grep -q "^$stamp" "$VENV/.nextgpu-stamps" 2>/dev/null; then
     return
   fi
   if [ ! -x "$PYTHON" ]; then

@@ -102,7 +102,11 @@ async def test_an_interrupt_is_exit_code_130(cli: Cli, nursery: trio.Nursery) ->
 
     await nursery.start(server.run, Waiting(), cli.paths.api_socket)
     process = await trio.lowlevel.open_process(
-        cli.command("peers"), env=cli.environ, stderr=subprocess.PIPE
+        cli.command("peers"),
+        env=cli.environ,
+        stderr=subprocess.PIPE,
+        # Under nohup, or behind `&`, the tests' own SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with trio.fail_after(20):
         await asked.wait()

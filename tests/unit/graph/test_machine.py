@@ -1,6 +1,7 @@
 """What a machine refuses, what it bounds, and when it lets go of memory."""
 
 import dataclasses
+import tracemalloc
 import weakref
 
 import pytest
@@ -146,6 +147,19 @@ def test_a_call_outside_the_table_is_refused(name):
 def test_many_small_values_together_are_bounded():
     doubling = [node("aten.cat.default", (Ref(at), Ref(at))) for at in range(40)]
     assert refusal(program(*doubling)).code is ErrorCode.OVER_LIMIT
+
+
+def test_pieces_are_counted_before_they_are_made():
+    spec = program(
+        node("aten.zeros.default", (900_000,), dtype=DType("int8")),
+        node("aten.unbind.int", Ref(1), outputs="tt"),
+    )
+    tracemalloc.start()
+    error = refusal(spec)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "2 outputs are declared, 900000 would come" in error.detail
+    assert peak < 1_000_000
 
 
 def test_size_arithmetic_can_not_run_away():
