@@ -35,7 +35,7 @@ from nextgpu_node.graph.artifact import Program  # noqa: E402
 from nextgpu_node.graph.export import export  # noqa: E402
 from nextgpu_node.sdk.client import Client, open_client  # noqa: E402
 from nextgpu_node.sdk.events import ReceiptVerified, Started, StepResult, UnitEvent  # noqa: E402
-from nextgpu_node.sdk.unit import Needs, RemoteUnit  # noqa: E402
+from nextgpu_node.sdk.unit import Needs, RemoteUnit, open_unit  # noqa: E402
 from nextgpu_protocol.limits import CHUNK_PLAINTEXT_BYTES, MIB  # noqa: E402
 from nextgpu_protocol.sealing import KeyPair, Opener, Sealer  # noqa: E402
 from tests.support.nodes import Trio, network_of_three  # noqa: E402
@@ -43,6 +43,7 @@ from tests.support.nodes import Trio, network_of_three  # noqa: E402
 FRESH_UNITS = 40
 CALLS = 1000
 IDLE_S = 30
+SETTLE_S = 70
 SETTINGS = {
     "sharing.max_memory": "4 GiB",
     "sharing.max_input": "4 GiB",
@@ -98,11 +99,10 @@ async def roundtrip(nodes: Trio) -> dict[str, Any]:
     program = export(NoOp(), (x,))
     step = {program.spec.xs[0].name: x}
     async with open_client(nodes.submitter.paths) as client:
-        fresh_result, fresh_receipt = await fresh_units(client, program, step)
+        fresh = await fresh_units(nodes, client, program, step)
         calls, throughput = await open_unit_calls(client, program, step)
     return {
-        "fresh_unit_to_first_result": milliseconds(fresh_result),
-        "fresh_unit_to_receipt": milliseconds(fresh_receipt),
+        **{name: milliseconds(seconds) for name, seconds in fresh.items()},
         "call_in_open_unit": milliseconds(calls),
         "calls_per_second_pipelined": round(throughput),
         "samples": {"fresh": FRESH_UNITS, "calls": CALLS},
@@ -110,24 +110,32 @@ async def roundtrip(nodes: Trio) -> dict[str, Any]:
 
 
 async def fresh_units(
-    client: Client, program: Program, step: dict[str, torch.Tensor]
-) -> tuple[list[float], list[float]]:
-    """From the wish for a unit on a known kind of peer to its result, and to its receipt."""
-    results: list[float] = []
-    receipts: list[float] = []
+    nodes: Trio, client: Client, program: Program, step: dict[str, torch.Tensor]
+) -> dict[str, list[float]]:
+    """Discovery by itself; then, the peer known, from the wish for a unit to its offer being
+    taken up, to the program being loaded, to the result, to the receipt."""
+    marks = ("negotiated", "started", "first_result", "receipt")
+    seconds: dict[str, list[float]] = {"find_peer": [], **{f"fresh_unit_{m}": [] for m in marks}}
     for _ in range(FRESH_UNITS):
         await trio.sleep(0.3)  # a warm worker is what is measured: let the pool fill up
+        with timed(seconds["find_peer"]):
+            (peer,) = await client.find_peers(Needs())
         began_s = time.perf_counter()
-        async with client.open_unit(program) as (_, unit):
+
+        def mark(name: str, began_s: float = began_s) -> None:
+            seconds[f"fresh_unit_{name}"].append(time.perf_counter() - began_s)
+
+        socket = nodes.submitter.paths.units_socket
+        async with open_unit(socket, peer, Needs(), table_version=1) as unit:
+            mark("negotiated")
             await unit.start(program)
             await unit.send_step(step)
             await unit.close_input()
             events = unit.events()
-            await wait_for(events, StepResult)
-            results.append(time.perf_counter() - began_s)
-            await wait_for(events, ReceiptVerified)
-        receipts.append(time.perf_counter() - began_s)
-    return results, receipts
+            for name, kind in zip(marks[1:], (Started, StepResult, ReceiptVerified), strict=True):
+                await wait_for(events, kind)
+                mark(name)
+    return seconds
 
 
 async def open_unit_calls(
@@ -249,19 +257,29 @@ def sealing(size: int) -> float:
 
 
 async def idle(nodes: Trio) -> dict[str, Any]:
-    await trio.sleep(5)
+    """After the first minute, in which a node meets its network and announces itself often."""
     watched = {"submitter": nodes.submitter.pid, "provider": nodes.provider.pid}
+    (launcher,) = psutil.Process(nodes.provider.pid).children()
+    workers = launcher.children(recursive=True)
+    await trio.sleep(SETTLE_S)
     before = {name: cpu_s(pid) for name, pid in watched.items()}
     await trio.sleep(IDLE_S)
-    return {
+    report: dict[str, Any] = {
         name: {
-            "rss_mb": round(psutil.Process(pid).memory_info().rss / 1e6, 1),
-            "pss_mb": round(psutil.Process(pid).memory_full_info().pss / 1e6, 1),
+            "rss_mb": megabytes(pid, "rss"),
+            "pss_mb": megabytes(pid, "pss"),
             "cpu_percent": round(100 * (cpu_s(pid) - before[name]) / IDLE_S, 3),
             "torch_loaded": has_torch(pid),
         }
         for name, pid in watched.items()
     }
+    report["launcher_pss_mb"] = megabytes(launcher.pid, "pss")
+    report["warm_worker_pss_mb"] = [megabytes(worker.pid, "pss") for worker in workers]
+    return report
+
+
+def megabytes(pid: int, kind: str) -> float:
+    return round(getattr(psutil.Process(pid).memory_full_info(), kind) / 1e6, 1)
 
 
 def has_torch(pid: int) -> bool:

@@ -8,7 +8,7 @@ from nextgpu_node.api_types import DeviceView
 from nextgpu_node.hostinfo.devices import Device, choose_device, list_devices
 from nextgpu_protocol.messages import DeviceInfo
 
-_REFRESH_S = 5
+_REFRESH_S = 15
 _MAX_NAME_CHARS = 120
 
 

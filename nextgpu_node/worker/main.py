@@ -13,7 +13,7 @@ import os
 import random
 import socket
 from collections.abc import Mapping
-from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from nextgpu_protocol.sealing import KeyPair
 def preload() -> str:
     """Load and warm what every unit needs.  Returns the runtime's name for offers."""
     torch.set_num_threads(1)
+    # Not used here: some meta kernels (an integer tensor plus a number) import it when they are
+    # first called, which would cost each unit 1.1 s.
+    import_module("torch._dynamo")
     _warm_up()
     return f"torch {torch.__version__}"
 
@@ -74,13 +77,14 @@ def serve(sock: socket.socket, limits: Mapping[str, int | str]) -> int:
 def _warm_up() -> None:
     """Go once through everything that a unit does, on one thread, with a program of our own.
 
-    torch imports half of itself at the first call on its meta device (0.6 s), and libsodium
-    starts at the first key: paid here, both are shared by every fork.  No thread may start.
+    torch imports half of itself at the first call on its meta device (0.6 s), and libsodium starts
+    at the first key: paid here, both are shared by every fork.  No thread may start.
     """
     x = TensorSpec("x", "float32", (2,))
-    add = Node("aten.add.Tensor", (Ref(0), Ref(0)), (), TENSOR)
-    step = Graph((add,), (1,))
-    spec = ProgramSpec(min_table_version=1, step=step, xs=(x,), ys=(replace(x, name="y"),))
+    double = Node("aten.add.Tensor", (Ref(0), Ref(0)), (), TENSOR)
+    step = Graph((double,), (1,))
+    y = TensorSpec("y", "float32", (2,))
+    spec = ProgramSpec(min_table_version=1, step=step, xs=(x,), ys=(y,))
     image = b"".join(bytes(piece) for piece in encode_tensors({"x": torch.ones(2)}))
     reader = TensorImageReader(spec.xs, max_bytes=1024)
     reader.feed_untrusted(image)
