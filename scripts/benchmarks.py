@@ -50,6 +50,8 @@ SETTINGS = {
     "sharing.max_output": "4 GiB",
     "sharing.max_unit_seconds": "600",
     "sharing.warm_workers": "2",
+    # One unit begins while the one before it is still being wiped.
+    "sharing.max_concurrent_units": "2",
     "log.level": "warning",
 }
 
@@ -169,7 +171,10 @@ async def opened(
 ) -> AsyncIterator[tuple[RemoteUnit, AsyncIterator[UnitEvent]]]:
     async with client.open_unit(program, Needs()) as (_, unit):
         await unit.start(program)
-        yield unit, unit.events()
+        events = unit.events()
+        yield unit, events
+        await unit.close_input()
+        await wait_for(events, ReceiptVerified)
 
 
 async def wait_for(events: AsyncIterator[UnitEvent], kind: type[UnitEvent]) -> None:

@@ -96,15 +96,17 @@ def run(json_output: bool) -> int:
 
 
 def _run_phases(demo: Demo, work: Path, stack: ExitStack) -> None:
+    """Export is the longest part and needs no node; the local run is needed only at the end."""
+    sentences = Sentences.load()
+    pool = stack.enter_context(ThreadPoolExecutor(2))
+    exported = pool.submit(_export, demo, work, sentences)
     with demo.phase("start_daemons"):
         provider, submitter = _start_daemons(demo, work, stack)
-    sentences = Sentences.load()
-    # The local run, to compare with, shares the wait for the export with it.
-    local = stack.enter_context(ThreadPoolExecutor(1)).submit(_embed_locally, sentences)
-    with demo.phase("export"):
-        _export(demo, work, sentences)
     with demo.phase("find_peer"):
         _find_peer(demo, submitter, provider)
+    size_mb = exported.result() / 1e6
+    demo.say(f"exported MiniLM to a program of {size_mb:.0f} MB: operators and weights, no code")
+    local = pool.submit(_embed_locally, sentences)
     workers = _worker_pids(provider.pid)
     with demo.phase("run"):
         _run_remotely(demo, work, submitter)
@@ -129,22 +131,23 @@ def _start_daemons(demo: Demo, work: Path, stack: ExitStack) -> tuple[DaemonProc
     return provider, submitter
 
 
-def _export(demo: Demo, work: Path, sentences: Sentences) -> None:
+def _export(demo: Demo, work: Path, sentences: Sentences) -> int:
+    """Write the inputs and the program; its size in bytes."""
     from safetensors.torch import save_file
 
     from nextgpu_node.cli.demo_model import tokenize
 
-    save_file(tokenize(sentences.texts), work / "sentences.safetensors")
-    example = tokenize(sentences.texts[:2])
-    save_file(example, work / "example.safetensors")
-    dynamic = [f"{name}:{axis}={size}" for name in example for axis, size in enumerate(("b", "t"))]
-    arguments = [argument for text in dynamic for argument in ("--dynamic", text)]
-    exported = run_cli(
-        work, "export", _MODEL, "-o", str(work / "minilm.ngp"),
-        "--example", str(work / "example.safetensors"), *arguments,
-    )  # fmt: skip
-    size_mb = int(str(exported["bytes"])) / 1e6
-    demo.say(f"exported MiniLM to a program of {size_mb:.0f} MB: operators and weights, no code")
+    with demo.phase("export"):
+        save_file(tokenize(sentences.texts), work / "sentences.safetensors")
+        example = tokenize(sentences.texts[:2])
+        save_file(example, work / "example.safetensors")
+        sizes = [f"{name}:{axis}={s}" for name in example for axis, s in enumerate(("b", "t"))]
+        dynamic = [argument for size in sizes for argument in ("--dynamic", size)]
+        reply = run_cli(
+            work, "export", _MODEL, "-o", str(work / "minilm.ngp"),
+            "--example", str(work / "example.safetensors"), *dynamic,
+        )  # fmt: skip
+    return int(str(reply["bytes"]))
 
 
 def _find_peer(demo: Demo, submitter: DaemonProcess, provider: DaemonProcess) -> None:
