@@ -196,6 +196,8 @@ def _explain(exc: Exception) -> str:
 
 def _lower(exported: ExportedProgram) -> ExportedProgram:
     """Make the graph functional, and take apart what the table does not have but torch can."""
+    if _is_lowered(exported):
+        return exported
     table: dict[Any, Callable[..., Any]] = {}
     for _ in range(_MAX_ROUNDS):
         try:
@@ -209,6 +211,21 @@ def _lower(exported: ExportedProgram) -> ExportedProgram:
             break
         table |= found
     return exported
+
+
+def _is_lowered(exported: ExportedProgram) -> bool:
+    """Nothing to do, which saves tracing the model a second time: every operator is in the table,
+    none writes to its arguments, and there is no region inside the graph."""
+    targets = {
+        node.target for node in exported.graph_module.graph.nodes if node.op == "call_function"
+    }
+    operators = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
+    return (
+        not exported.graph_signature.buffers_to_mutate
+        and not any(isinstance(t, torch._ops.HigherOrderOperator) for t in targets)
+        and not any(op._schema.is_mutable for op in operators)
+        and not _unknown(exported)
+    )
 
 
 def _unknown(exported: ExportedProgram) -> set[torch._ops.OpOverload]:
