@@ -108,6 +108,12 @@ class ShareRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enabled: bool
 
 
+class SharingReply(SharingView, frozen=True, kw_only=True):
+    """The reply to PUT /v1/sharing: what is lent from now on."""
+
+    schema: int = SCHEMA
+
+
 class CancelReply(msgspec.Struct, frozen=True, kw_only=True):
     """POST /v1/units/{unit_id}/cancel"""
 

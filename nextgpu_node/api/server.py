@@ -4,7 +4,7 @@
     GET  /v1/peers?kind=&memory_bytes=&limit=          PeersReply
     GET  /v1/units                                     UnitsReply
     POST /v1/units/{unit_id}/cancel                    CancelReply
-    PUT  /v1/sharing          ShareRequest             SharingView and `schema`
+    PUT  /v1/sharing          ShareRequest             SharingReply
 
 Everything that goes wrong ends in an ErrorReply: its sentence is for the user, its exit code for
 the command line.  A fault of our own is told apart from a refusal and never shows its message,
@@ -35,13 +35,12 @@ from starlette.types import ASGIApp, HTTPExceptionHandler, Message, Receive, Sco
 
 from nextgpu_node.api.sockets import listen_private, remove_listening
 from nextgpu_node.api_types import (
-    SCHEMA,
     Backend,
     CancelReply,
     ErrorReply,
     PeerNeed,
     ShareRequest,
-    SharingView,
+    SharingReply,
 )
 from nextgpu_node.errors import JobTimeout, NextGPUError, UsageError
 from nextgpu_protocol.limits import MAX_MEMORY_BYTES
@@ -75,12 +74,6 @@ _SENTENCES: Final[dict[int, str]] = {
 }
 
 _Body = TypeVar("_Body")
-
-
-class SharingReply(SharingView, frozen=True, kw_only=True):
-    """PUT /v1/sharing: what is lent from now on."""
-
-    schema: int = SCHEMA
 
 
 async def run(

@@ -29,16 +29,7 @@ class HostDevices:
 
     def views(self) -> list[DeviceView]:
         """Every device, for its owner."""
-        return [
-            DeviceView(
-                kind=device.kind,
-                name=device.name,
-                memory_total_bytes=device.total_memory_bytes,
-                memory_free_bytes=device.free_memory_bytes,
-                compute_capability=device.compute_capability,
-            )
-            for device in self._devices
-        ]
+        return [as_view(as_message(device)) for device in self._devices]
 
 
 def as_message(device: Device) -> DeviceInfo:
@@ -48,5 +39,16 @@ def as_message(device: Device) -> DeviceInfo:
         name=device.name[:_MAX_NAME_CHARS],
         memory_total_bytes=device.total_memory_bytes,
         memory_free_bytes=device.free_memory_bytes,
+        compute_capability=device.compute_capability,
+    )
+
+
+def as_view(device: DeviceInfo) -> DeviceView:
+    """A device in the words of the local API."""
+    return DeviceView(
+        kind=device.kind,
+        name=device.name,
+        memory_total_bytes=device.memory_total_bytes,
+        memory_free_bytes=device.memory_free_bytes,
         compute_capability=device.compute_capability,
     )

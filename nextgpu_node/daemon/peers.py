@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import structlog
 import trio
 
-from nextgpu_node.api_types import DeviceView, PeerNeed, PeersReply, PeerView
+from nextgpu_node.api_types import PeerNeed, PeersReply, PeerView
 from nextgpu_node.core.choice import rank
 from nextgpu_node.daemon.clock import now_ms
+from nextgpu_node.daemon.devices import as_view
 from nextgpu_node.errors import NetworkError, PeerLost
 from nextgpu_node.frames import ByteStream, FrameStream
 from nextgpu_node.p2p.network import Network
@@ -111,16 +112,7 @@ def _view_untrusted(peer_id: str, body: bytes, latency_ms: float) -> PeerView:
         latency_ms=round(latency_ms, 2),
         sharing=capacity.sharing,
         reason=capacity.reason,
-        devices=[
-            DeviceView(
-                kind=device.kind,
-                name=device.name,
-                memory_total_bytes=device.memory_total_bytes,
-                memory_free_bytes=device.memory_free_bytes,
-                compute_capability=device.compute_capability,
-            )
-            for device in capacity.devices
-        ],
+        devices=[as_view(device) for device in capacity.devices],
         free_slots=capacity.free_slots,
         memory_bytes=capacity.memory_bytes,
         max_seconds=capacity.max_seconds,

@@ -42,6 +42,7 @@ _RESTART_S = 30
 _WARM_WORKER_S = 24 * 3600.0
 _TIERS = {"A": 2, "C": 1}
 _OFF = "sharing is off"
+_STARTING = "starting"
 
 
 class Provider:
@@ -55,7 +56,7 @@ class Provider:
         self._identity = identity
         self._worker_dir = worker_dir
         self._enabled = config.enabled
-        self._reason = "starting" if config.enabled else _OFF
+        self._reason = _STARTING if config.enabled else _OFF
         self._switched = trio.Event()
         self._pool: WorkerPool | None = None
         self._session_ids = itertools.count(1)
@@ -72,7 +73,7 @@ class Provider:
         if enabled == self._enabled:
             return
         self._enabled = enabled
-        self._reason = "starting" if enabled else _OFF
+        self._reason = _STARTING if enabled else _OFF
         self._update_policy()
         self._switched.set()
 
@@ -132,6 +133,7 @@ class Provider:
                 await trio.sleep_forever()
             finally:
                 self._pool = None
+                self._reason = self._reason or _STARTING
                 self._update_policy()
 
     def _pause(self, reason: str) -> None:
