@@ -86,10 +86,14 @@ class Client:
         steps: Steps,
         needs: Needs | None = None,
         *,
+        carry: Mapping[str, Tensor] | None = None,
         return_carry: bool = False,
         checkpoint_ms: int = 0,
     ) -> AsyncGenerator[UnitEvent, None]:
         """Run `program` over `steps` on one peer.  Yields its events, in order.
+
+        `carry` goes on from an earlier Checkpoint; `return_carry` gives one at the end,
+        `checkpoint_ms` one every so often.
 
         Raises NoPeerFound, Refused, PeerLost, JobFailed, OutOfMemory, JobTimeout,
         IntegrityError or DaemonUnreachable.  Leaving early ends the unit.
@@ -101,7 +105,10 @@ class Client:
             async with trio.open_nursery() as nursery:
                 try:
                     await unit.start(
-                        program, return_carry=return_carry, checkpoint_ms=checkpoint_ms
+                        program,
+                        carry=carry,
+                        return_carry=return_carry,
+                        checkpoint_ms=checkpoint_ms,
                     )
                     yield InputSent(sent_bytes=unit.sent_bytes, total_bytes=None)
                     nursery.start_soon(_send_steps, unit, steps, problems, nursery)

@@ -216,14 +216,19 @@ class RemoteUnit:
         return_carry: bool = False,
         carry: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Seal and send the program, its constants and its first state."""
+        """Seal and send the program, its constants and its first state.
+
+        `carry` is a checkpoint to go on from; without it the program's own first state is sent,
+        or, where the program has an init graph, computed by the worker.
+        """
         self._spec: ProgramSpec = program.spec
         manifest = UnitManifest(checkpoint_ms=checkpoint_ms, return_carry=return_carry)
         await self._write(RecordKind.MANIFEST, [encode_message(manifest)])
         await self._write(RecordKind.PROGRAM, [encode_program(program.spec)])
         await self._write(RecordKind.CONSTANTS, encode_tensors(program.constants))
-        if program.spec.carry:
-            await self._write(RecordKind.CARRY, encode_tensors(carry or program.carry))
+        first = carry if carry is not None else program.carry
+        if program.spec.carry and (first or program.spec.init is None):
+            await self._write(RecordKind.CARRY, encode_tensors(first))
         await self._flush(final=False)
 
     async def send_step(self, xs: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from nextgpu_node.graph.export import export
 from nextgpu_node.graph.local import run_local
 from nextgpu_node.sdk.client import Client, Steps, open_client
 from nextgpu_node.sdk.events import (
+    Checkpoint,
+    FinalResult,
     Finished,
     Offered,
     ReceiptVerified,
@@ -31,6 +34,7 @@ from nextgpu_node.sdk.events import (
     UnitEvent,
 )
 from nextgpu_node.sdk.unit import Needs
+from nextgpu_protocol.program import TENSOR, Graph, Node, ProgramSpec, Ref, TensorSpec
 from tests.support.nodes import Trio, has_peer, network_of_three
 
 X = torch.arange(8.0).reshape(2, 4)
@@ -132,6 +136,44 @@ async def test_an_open_unit_answers_each_call_and_keeps_its_state(
     assert kinds.index(Offered) < kinds.index(Started) < kinds.index(Finished)
     assert kinds[-1] is ReceiptVerified
     await nodes.wait_idle()
+
+
+async def test_a_checkpoint_goes_on_in_a_new_unit_exactly(
+    nodes: Trio, accumulator: Program
+) -> None:
+    (x,), (y,) = accumulator.spec.xs, accumulator.spec.ys
+    steps = [{x.name: torch.full((3,), float(k))} for k in (1, 2, 3)]
+    whole = await all_events(nodes, accumulator, steps)
+    first = await all_events(nodes, accumulator, steps[:2], return_carry=True)
+    (checkpoint,) = [event for event in first if isinstance(event, Checkpoint)]
+    assert checkpoint.steps == 2
+    second = await all_events(nodes, accumulator, steps[2:], carry=checkpoint.carry)
+    assert torch.equal(last_result(second)[y.name], last_result(whole)[y.name])
+
+
+async def test_init_makes_the_first_state_and_finish_sums_up(nodes: Trio) -> None:
+    """init: s = c + c; step: s += x, y = s; finish: s * s."""
+    vector = TensorSpec("s", "float32", (2,))
+
+    def call(op: str, a: int, b: int) -> Node:
+        return Node(f"aten.{op}.Tensor", (Ref(a), Ref(b)), (), TENSOR)
+
+    spec = ProgramSpec(
+        min_table_version=1,
+        constants=(replace(vector, name="c"),),
+        carry=(vector,),
+        xs=(replace(vector, name="x"),),
+        ys=(replace(vector, name="y"),),
+        finish_ys=(replace(vector, name="square"),),
+        init=Graph((call("add", 0, 0),), (1,)),
+        step=Graph((call("add", 1, 2),), (3, 3)),
+        finish=Graph((call("mul", 1, 1),), (2,)),
+    )
+    program = Program.from_parts(spec, {"c": torch.tensor([1.0, 2.0])})
+    events = await all_events(nodes, program, [{"x": torch.ones(2)}, {"x": torch.ones(2)}])
+    (final,) = [event for event in events if isinstance(event, FinalResult)]
+    assert last_result(events)["y"].tolist() == [4.0, 6.0]
+    assert final.tensors["square"].tolist() == [16.0, 36.0]
 
 
 async def test_an_error_in_the_program_is_told_in_its_own_words(nodes: Trio) -> None:
@@ -297,6 +339,23 @@ async def run_to_end(
             async for event in events:
                 if on_event is not None:
                     await on_event(client, event)
+
+
+async def all_events(
+    nodes: Trio, program: Program, steps: Steps, **options: Any
+) -> list[UnitEvent]:
+    with trio.fail_after(30):
+        async with (
+            open_client(nodes.submitter.paths) as client,
+            client.run(program, steps, **options) as events,
+        ):
+            found = [event async for event in events]
+    await nodes.wait_idle()
+    return found
+
+
+def last_result(events: list[UnitEvent]) -> dict[str, torch.Tensor]:
+    return [event for event in events if isinstance(event, StepResult)][-1].tensors
 
 
 async def gone(pids: set[int]) -> None:
