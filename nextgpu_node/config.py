@@ -298,7 +298,6 @@ class SubmitConfig:
     max_unit_seconds: int = _setting(600, _UNIT_SECONDS)
     max_memory_bytes: int = _setting(4 * GIB, _MEMORY_SIZE)
     max_output_bytes: int = _setting(2 * GIB, _STREAM_SIZE)
-    find_seconds: int = _setting(30, Whole(1, 3600))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from nextgpu_protocol.envelope import Signed
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.ids import PeerId, PeerKey
+from nextgpu_protocol.limits import MAX_CLOCK_SKEW_MS
 from nextgpu_protocol.messages import (
     DeviceInfo,
     UnitRequest,
@@ -126,7 +127,7 @@ def check_freshness(
         raise RemoteProtocolError(ErrorCode.WRONG_PEER, "the request is for another provider")
     check_window_untrusted(message.issued_at_ms, message.expires_at_ms, now_ms=now_ms)
     # Kept for the clock skew too: until then the window check would let a replay through.
-    forget_at_ms = message.expires_at_ms + 2 * 5 * _MINUTE_MS
+    forget_at_ms = message.expires_at_ms + 2 * MAX_CLOCK_SKEW_MS
     seen.check_and_add(request.hash, forget_at_ms=forget_at_ms, now_ms=now_ms)
 
 

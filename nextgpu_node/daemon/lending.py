@@ -18,9 +18,9 @@ from typing import assert_never
 import structlog
 import trio
 
+from nextgpu_node.clock import now_ms
 from nextgpu_node.core import lending as core
 from nextgpu_node.core.admission import Grant
-from nextgpu_node.daemon.clock import now_ms
 from nextgpu_node.daemon.workers import status_of_exit
 from nextgpu_node.errors import NetworkError, PeerLost, SandboxError
 from nextgpu_node.frames import ByteStream, FrameStream

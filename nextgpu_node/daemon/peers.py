@@ -12,8 +12,8 @@ import structlog
 import trio
 
 from nextgpu_node.api_types import PeerNeed, PeersReply, PeerView
+from nextgpu_node.clock import now_ms
 from nextgpu_node.core.choice import rank
-from nextgpu_node.daemon.clock import now_ms
 from nextgpu_node.daemon.devices import as_view
 from nextgpu_node.errors import NetworkError, PeerLost
 from nextgpu_node.frames import ByteStream, FrameStream

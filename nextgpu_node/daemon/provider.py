@@ -14,10 +14,10 @@ import structlog
 import trio
 
 from nextgpu_node.api_types import SharingView, UnitView
+from nextgpu_node.clock import now_ms
 from nextgpu_node.config import SharingConfig
 from nextgpu_node.core.admission import OwnerPolicy
 from nextgpu_node.core.lending import Lending
-from nextgpu_node.daemon.clock import now_ms
 from nextgpu_node.daemon.devices import HostDevices, as_message
 from nextgpu_node.daemon.lending import LentUnit
 from nextgpu_node.daemon.workers import WorkerPool

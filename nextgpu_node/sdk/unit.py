@@ -8,7 +8,6 @@ where its plaintext exists.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import trio
 
 from nextgpu_node.api_types import PeerView
+from nextgpu_node.clock import now_ms
 from nextgpu_node.errors import DaemonUnreachable, IntegrityError, PeerLost
 from nextgpu_node.frames import FrameStream
 from nextgpu_node.graph.tensors import encode_tensors
@@ -38,6 +38,7 @@ from nextgpu_protocol.messages import (
     ReceiptAck,
     UnitHeader,
     UnitRequest,
+    check_suite_untrusted,
     check_window_untrusted,
 )
 from nextgpu_protocol.program import ProgramSpec, encode_program
@@ -140,7 +141,6 @@ class RemoteUnit:
         keys = ephemeral.submitter_keys(offer.message.one_time_key, self._transcript)
         await self._send(FrameKind.HEADER, header.data)
         self.offer = offer.message
-        self._submitter_key = header.signer
         await self._open_streams(keys)
 
     async def _open_streams(self, keys: StreamKeys) -> None:
@@ -152,7 +152,7 @@ class RemoteUnit:
         return Offered(offer=self.offer, unit_id=self.unit_id.hex())
 
     def _make_request(self, needs: Needs, table_version: int) -> UnitRequest:
-        issued_at_ms = _now_ms()
+        issued_at_ms = now_ms()
         peer = self._peer
         return UnitRequest(
             suite=SUITE,
@@ -171,7 +171,7 @@ class RemoteUnit:
         )
 
     def _make_header(self, offer: Signed[Offer], ephemeral: KeyPair) -> UnitHeader:
-        issued_at_ms = _now_ms()
+        issued_at_ms = now_ms()
         return UnitHeader(
             suite=SUITE,
             unit_id=self.unit_id,
@@ -190,11 +190,10 @@ class RemoteUnit:
             raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "request_hash")
         if offer.message.submitter_key != request.signer:
             raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "submitter_key")
-        if offer.message.suite != SUITE:
-            raise RemoteProtocolError(ErrorCode.UNKNOWN_SUITE, "the offer")
+        check_suite_untrusted(offer.message.suite)
         _check_amounts_untrusted(offer.message, request.message)
         check_window_untrusted(
-            offer.message.issued_at_ms, offer.message.expires_at_ms, now_ms=_now_ms()
+            offer.message.issued_at_ms, offer.message.expires_at_ms, now_ms=now_ms()
         )
 
     async def _sign(self, name: str, message: _Signable) -> Signed[_Signable]:
@@ -350,7 +349,3 @@ async def _connect(units_socket: Path) -> trio.SocketStream:
         return await trio.open_unix_socket(str(units_socket))
     except OSError as exc:
         raise DaemonUnreachable from exc
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -32,11 +32,9 @@ MAX_CAPACITY_LIFETIME_MS: Final = 5 * 60 * 1000
 # Sealed streams are padded to Padmé sizes with this floor, so that small prompts look alike.
 PADDING_FLOOR_BYTES: Final = 4 * KIB
 
-MAX_RECORD_FRAGMENT_BYTES: Final = CHUNK_PLAINTEXT_BYTES
 MAX_MANIFEST_BYTES: Final = 4 * KIB
 
 # A unit's clear-text limits; an owner's own limits are usually far below.
 MAX_STREAM_BYTES: Final = 64 * GIB
 MAX_UNIT_SECONDS: Final = 24 * 3600
 MAX_MEMORY_BYTES: Final = 1024 * GIB
-MAX_STEPS: Final = 1_000_000_000

@@ -15,6 +15,7 @@ import pytest
 import torch
 import trio
 
+from nextgpu_node.clock import now_ms
 from nextgpu_node.graph.artifact import Program
 from nextgpu_node.graph.export import export
 from nextgpu_node.graph.tensors import encode_tensors
@@ -28,7 +29,7 @@ from nextgpu_protocol.messages import Refusal
 from nextgpu_protocol.program import encode_program
 from nextgpu_protocol.records import RecordKind, UnitManifest
 from tests.support.nodes import Trio
-from tests.support.raw_peer import RawPeer, RawUnit, now_ms, raw_peer
+from tests.support.raw_peer import RawPeer, RawUnit, raw_peer
 
 MANIFEST = (RecordKind.MANIFEST, encode_message(UnitManifest(checkpoint_ms=0, return_carry=False)))
 TEN_MINUTES_MS = 600_000

@@ -7,7 +7,6 @@ that each lie is exactly one.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import trio
 from nacl.signing import SigningKey
 
+from nextgpu_node.clock import now_ms
 from nextgpu_node.frames import FrameStream
 from nextgpu_node.graph.tensors import encode_tensors
 from nextgpu_protocol.codec import decode_message_untrusted, encode_message
@@ -87,7 +87,7 @@ class LyingPeer:
     async def _offer(self, envelope: bytes) -> None:
         request = open_envelope_untrusted(UnitRequest, envelope)
         self._otk = KeyPair(os.urandom(32))
-        now_ms = time.time_ns() // 1_000_000
+        issued_at_ms = now_ms()
         offer = replace(
             OFFER,
             one_time_key=self._otk.public,
@@ -95,8 +95,8 @@ class LyingPeer:
             submitter_key=request.signer,
             memory_bytes=request.message.memory_bytes,
             max_seconds=request.message.max_seconds,
-            issued_at_ms=now_ms,
-            expires_at_ms=now_ms + 30_000,
+            issued_at_ms=issued_at_ms,
+            expires_at_ms=issued_at_ms + 30_000,
         )
         self._signed_offer = sign_message(self.change_offer(offer), self.offer_key)
         await self._frames.send(FrameKind.OFFER, self._signed_offer.data)
@@ -141,7 +141,7 @@ class LyingPeer:
             metering=METERING,
             isolation=("seccomp",),
             wipe=(),
-            finished_at_ms=time.time_ns() // 1_000_000,
+            finished_at_ms=now_ms(),
         )
         signed = sign_message(self.change_receipt(receipt), self.receipt_key)
         await self._frames.send(FrameKind.RECEIPT, signed.data)

@@ -6,7 +6,6 @@ It is a libp2p node of its own in the test's process, with a key that only it ha
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import trio
 from nacl.signing import SigningKey
 
+from nextgpu_node.clock import now_ms
 from nextgpu_node.frames import FrameStream
 from nextgpu_node.p2p.network import Network
 from nextgpu_node.p2p.settings import P2PSettings
@@ -37,10 +37,6 @@ from nextgpu_protocol.records import Record, RecordKind, RecordWriter, read_reco
 from nextgpu_protocol.sealing import KeyPair, Opener, Sealer, transcript_hash
 
 UNIT_PROTOCOL = "/nextgpu/unit/1"
-
-
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 @dataclass
