@@ -12,6 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -279,7 +280,10 @@ class LentUnit:
             time.monotonic(),
         )
         assignment = encode_message(Assignment(offer.data, header.data))
-        await self._worker_frames.send(FrameKind.ASSIGN, assignment)
+        # A worker that died since its offer breaks its socket here.  The unit goes on all the
+        # same: the pump out finds the end, and the submitter gets a receipt that says so.
+        with suppress(trio.BrokenResourceError):
+            await self._worker_frames.send(FrameKind.ASSIGN, assignment)
         assert self._worker is not None
         self._worker.restart_clock(offer.message.max_seconds)
         log.info("unit.started", unit_id=self.unit_id)

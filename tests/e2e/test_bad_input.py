@@ -302,6 +302,19 @@ async def test_a_worker_that_dies_is_reported_as_crashed(
     assert receipt.status == "worker_crashed"
 
 
+async def test_a_worker_that_dies_before_its_assignment_is_reported_as_crashed(
+    nodes: Trio, peer: RawPeer
+) -> None:
+    (serving,) = nodes.worker_pids()
+    unit = await peer.open()
+    offer = await unit.offer()
+    os.kill(serving, signal.SIGKILL)
+    await nodes.wait_gone(serving)
+    await unit.accept(offer)
+    _, receipt = await unit.answers()
+    assert receipt.status == "worker_crashed"
+
+
 async def test_a_submitter_that_vanishes_leaves_no_worker(
     nodes: Trio, peer: RawPeer, linear: Program
 ) -> None:

@@ -43,6 +43,12 @@ class Trio:
                 while not await _is_idle(api):  # noqa: ASYNC110
                     await trio.sleep(0.02)
 
+    async def wait_gone(self, worker_pid: int) -> None:
+        """Until the launcher has reaped that worker."""
+        with trio.fail_after(5):
+            while worker_pid in self.worker_pids():  # noqa: ASYNC110  as above
+                await trio.sleep(0.02)
+
     def worker_pids(self) -> set[int]:
         """The processes below the provider's launcher."""
         (launcher,) = psutil.Process(self.provider.pid).children()

@@ -120,7 +120,10 @@ class RawUnit:
 
     async def take_up(self, **changes: Any) -> None:
         """Request, offer, header, keys, preamble."""
-        offer = await self.offer(**changes)
+        await self.accept(await self.offer(**changes))
+
+    async def accept(self, offer: Signed[Offer]) -> None:
+        """Header, keys, preamble."""
         header = sign_message(self.header(offer), self.peer.key)
         transcript = transcript_hash(offer.data, header.data)
         keys = self.key_pair.submitter_keys(offer.message.one_time_key, transcript)
