@@ -18,6 +18,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from nextgpu_node.errors import ProgramError
+from nextgpu_node.graph.explain import lines_of_trace, refuse_line
 from nextgpu_node.graph.optable import ABSENT_NAMES, TABLE, Kind, Parameter, Row
 from nextgpu_node.graph.tensors import DTYPE_NAMES
 from nextgpu_protocol.program import (
@@ -419,20 +420,9 @@ def _renumber(argument: Argument, numbers: dict[int, int]) -> Argument:
 
 # ---------------------------------------------------------------- messages
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)')
 _TRAINING = frozenset({"train", "training", "use_input_stats", "dropout_p"})
 _REWRITE = "write this line with other operators"
 _RANDOM = re.compile(r"aten\.(.*rand|.*dropout|bernoulli|multinomial|normal|exponential)")
-
-
-def source_line(node: torch.fx.Node) -> str:
-    """`file:line in function: code` of the submitter's line that made `node`."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
-        return "an unknown line"
-    own = [frame for frame in frames if "/torch/" not in frame[0]]
-    path, line, function, code = (own or frames)[-1]
-    return f"{path}:{line} in {function}: {code.strip()}"
 
 
 def _refuse(node: torch.fx.Node, op: str) -> NoReturn:
@@ -444,4 +434,4 @@ def _refuse(node: torch.fx.Node, op: str) -> NoReturn:
 
 
 def _fail(node: torch.fx.Node, what: str, remedy: str) -> NoReturn:
-    raise ProgramError(f"{source_line(node)}\n  {what}; {remedy}.")
+    refuse_line(lines_of_trace(node.meta.get("stack_trace")), what, remedy)

@@ -1,6 +1,7 @@
 """A torch model -> a Program.  Runs on the submitter, on the submitter's own code.
 
-    torch.export  ->  functional graph  ->  operators of the table  ->  ProgramSpec and tensors
+    tensors of the call (calls)  ->  torch.export  ->  functional graph (lower)
+    ->  operators of the table (emit)  ->  ProgramSpec and tensors
 
 Parameters, buffers and tensors written into the code become constants; buffers that the model
 changes become the carry.
@@ -8,17 +9,12 @@ changes become the carry.
 
 from __future__ import annotations
 
-import inspect
 import re
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._decomp import decomposition_table
-from torch._export.utils import _get_decomp_for_cia
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -32,30 +28,42 @@ from torch.utils import _pytree as pytree
 
 from nextgpu_node.errors import ProgramError
 from nextgpu_node.graph.artifact import Program
-from nextgpu_node.graph.emit import HANDLED, Emitter
-from nextgpu_node.graph.optable import TABLE
+from nextgpu_node.graph.calls import (
+    bind_call,
+    container_keys,
+    output_leaves,
+    reachable_modules,
+    replace_tensors,
+    spec_of_leaves,
+    tensor_leaves,
+)
+from nextgpu_node.graph.emit import Emitter
+from nextgpu_node.graph.explain import tracing_failed
+from nextgpu_node.graph.lower import lower, quiet
 from nextgpu_node.graph.tensors import DTYPE_NAMES, spec_of
 from nextgpu_protocol.program import Dimension, DType, ProgramSpec, Ref, Symbol, TensorSpec
 from nextgpu_protocol.program_limits import MAX_DIMENSION
 
-_MAX_ROUNDS = 8
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.\-/]")
 
 
 def export(
-    module: torch.nn.Module | Callable[..., Any] | ExportedProgram,
+    module_or_function: torch.nn.Module | Callable[..., Any] | ExportedProgram,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: Mapping[str, Any] | Sequence[Any] | None = None,
     stop: str | None = None,
 ) -> Program:
-    """The program of one call `module(*args, **kwargs)`.
+    """The program of one call `module_or_function(*args, **kwargs)`.
 
-    `module` is a module, a function of tensors, or an exported program of your own.  The inputs
-    are examples: their dtypes, and their shapes where `dynamic` does not say otherwise, are
-    fixed.  `dynamic` names sizes that may vary, {"input_ids": {0: "batch", 1: "sequence"}}; the
-    same name is the same size everywhere.  torch.export's own `dynamic_shapes` are taken too.
+    `module_or_function` is a module, a function of tensors, or an exported program of your own.
+    The inputs are examples: tensors become inputs of the program, with their dtypes fixed, and
+    their shapes too where `dynamic` does not say otherwise.  Everything else (numbers, texts,
+    None) is built into the program as it is.
+
+    `dynamic` names sizes that may vary, {"input_ids": {0: "batch", 1: "sequence"}}; the same name
+    is the same size everywhere.  torch.export's own `dynamic_shapes` are taken too.
 
     Inputs keep their names, tensors in containers are called `name.key`; outputs in a dict or a
     dataclass keep their keys, a single output is called `output`, those of a tuple `output_0`, ….
@@ -64,190 +72,211 @@ def export(
 
     Raises ProgramError, which names the line of the model and what to do.
     """
-    names = _InputNames()
-    if isinstance(module, ExportedProgram):
-        exported = module
+    if isinstance(module_or_function, ExportedProgram):
+        exported = module_or_function
+        names = _names_of_exported(exported)
     else:
-        exported = _trace(module, tuple(args), dict(kwargs or {}), dynamic, names)
-    exported = _lower(exported)
-    return _Assembly(exported, names).program(stop)
+        exported, names = _trace(module_or_function, tuple(args), dict(kwargs or {}), dynamic)
+    return _Assembly(lower(exported), names).program(stop)
 
 
 # ---------------------------------------------------------------- tracing
 
 
 @dataclass(slots=True)
-class _InputNames:
-    """How the submitter calls the inputs, and the sizes of theirs that may vary."""
+class _Names:
+    """What the submitter calls the tensors that go in and come out, and their varying sizes."""
 
-    positional: list[str] = field(default_factory=list)
+    inputs: list[str]
+    outputs: list[str]
     sizes: dict[tuple[str, int], str] = field(default_factory=dict)
+    wrapped: bool = False
 
 
-class _FunctionModule(torch.nn.Module):
-    """A function as a module, with the function's own signature."""
+class _Call(torch.nn.Module):
+    """A call as a module of its tensors alone, whatever containers they come in."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: _Names
+    ) -> None:
         super().__init__()
-        self.forward = function
+        if isinstance(target, torch.nn.Module):
+            self.model = target
+        for name, module in reachable_modules(target).items():
+            self.add_module(f"{_USED}{name}", module)
+        self._target = (target,)
+        self._call = (args, kwargs)
+        # torch.export puts attributes back as they were, but leaves what they refer to.
+        self._names = names
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        args, kwargs = replace_tensors(self._call, iter(tensors))
+        outputs = output_leaves(self._target[0](*args, **kwargs))
+        self._names.outputs = [_output_name(path) for path, _ in outputs]
+        return tuple(value for _, value in outputs)
+
+
+# Before the names of the weights of a module, and of modules that a function uses.
+_MODEL = "model."
+_USED = "used_"
 
 
 def _trace(
-    module: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic: Any,
-    names: _InputNames,
-) -> ExportedProgram:
-    if not isinstance(module, torch.nn.Module):
-        if not callable(module):
-            raise ProgramError(f"A {type(module).__name__} is neither a module nor a function.")
-        # Without this, torch records the lines of modules only.
-        _register_stack_trace_anchor(module)
-        module = _FunctionModule(module)
-    inputs = _bind_inputs(module.forward, args, kwargs, names)
-    shapes = None if dynamic is None else _dynamic_shapes(inputs, dynamic, names)
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> tuple[ExportedProgram, _Names]:
+    if not callable(target):
+        raise ProgramError(f"A {type(target).__name__} is neither a module nor a function.")
+    forward = target.forward if isinstance(target, torch.nn.Module) else target
+    # Without this, torch records the lines of modules only.
+    _register_stack_trace_anchor(getattr(forward, "__func__", forward))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as exc:
-        raise ProgramError(_explain(exc)) from exc
-
-
-def _bind_inputs(
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    names: _InputNames,
-) -> dict[str, Any]:
-    """The example inputs by parameter name; also fills names.positional."""
-    signature = inspect.signature(forward)
-    try:
-        bound = signature.bind(*args, **kwargs)
+        named = bind_call(forward, args, kwargs)
     except TypeError as exc:
         raise ProgramError(f"The example inputs do not fit the model: {exc}.") from exc
-    inputs: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            inputs.update(value)
-        else:
-            inputs[name] = value
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            extra = len(args) - len(names.positional)
-            names.positional += [f"{parameter.name}.{at}" for at in range(extra)]
-            break
-        names.positional.append(parameter.name)
-    return inputs
+    leaves = [leaf for name, value in named for leaf in tensor_leaves(value, name)]
+    names = _Names([path for path, _ in leaves], [], wrapped=True)
+    for path, tensor in leaves:
+        _check_example(path, tensor)
+    marks = _marks(named, leaves, dynamic, names)
+    examples = _at_least_two(leaves, names)
+    call = _Call(target, args, kwargs, names)
+    try:
+        with quiet():
+            exported = torch.export.export(
+                call, examples, dynamic_shapes=(tuple(marks),) if leaves else None, strict=False
+            )
+    except Exception as exc:
+        raise tracing_failed(exc) from exc
+    _check_sizes(exported, names)
+    return exported, names
 
 
-def _dynamic_shapes(inputs: dict[str, Any], dynamic: Any, names: _InputNames) -> dict[str, Any]:
-    """`dynamic` as torch.export wants it: an entry for each input, names turned into marks."""
+def _check_example(path: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise ProgramError(f"The input {path} is not a dense tensor; pass dense tensors.")
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ProgramError(f"The input {path} is {tensor.dtype}, which programs do not carry.")
+
+
+def _marks(
+    named: Sequence[tuple[str, Any]],
+    leaves: Sequence[tuple[str, torch.Tensor]],
+    dynamic: Any,
+    names: _Names,
+) -> list[Any]:
+    """For each tensor what torch.export is to know of its sizes; named ones go into names.sizes."""
+    if dynamic is None:
+        return [None] * len(leaves)
     if not isinstance(dynamic, Mapping):
-        dynamic = dict(zip(inputs, dynamic, strict=False))
-    unknown = sorted(dynamic.keys() - inputs.keys())
+        dynamic = {name: spec for (name, _), spec in zip(named, dynamic, strict=False)}
+    _check_keys(dynamic, named, leaves)
+    specs = [
+        spec
+        for name, value in named
+        for spec in spec_of_leaves(value, dynamic.get(name, _in_rest(name, dynamic)))
+    ]
+    return [
+        _mark_tensor(path, tensor, dynamic.get(path, spec), names)
+        for (path, tensor), spec in zip(leaves, specs, strict=True)
+    ]
+
+
+def _in_rest(name: str, dynamic: Mapping[str, Any]) -> Any:
+    """torch.export's way to speak of `*args`: one entry, a sequence."""
+    rest, _, at = name.partition(".")
+    spec = dynamic.get(rest)
+    return spec[int(at)] if at.isdecimal() and isinstance(spec, (tuple, list)) else None
+
+
+def _check_keys(dynamic: Mapping[str, Any], named: Any, leaves: Any) -> None:
+    inputs = [name for name, _ in named]
+    known = {*inputs, *(name.partition(".")[0] for name in inputs), *(path for path, _ in leaves)}
+    unknown = sorted(map(str, dynamic.keys() - known))
     if unknown:
-        raise ProgramError(
-            f"dynamic names {unknown[0]}, the inputs are: {', '.join(map(str, inputs))}."
-        )
-    return {name: _marks(name, dynamic.get(name), names) for name in inputs}
+        raise ProgramError(f"dynamic names {unknown[0]}, the inputs are: {', '.join(inputs)}.")
 
 
-def _marks(path: str, spec: Any, names: _InputNames) -> Any:
-    """One entry of `dynamic`, each named size recorded in names.sizes."""
-    if isinstance(spec, Mapping):
-        if all(isinstance(key, int) for key in spec):
-            return {dim: _mark(path, dim, size, names) for dim, size in spec.items()}
-        return {key: _marks(f"{path}.{key}", one, names) for key, one in spec.items()}
+def _mark_tensor(path: str, tensor: torch.Tensor, spec: Any, names: _Names) -> Any:
     if isinstance(spec, (tuple, list)):
-        # torch.export lets a sequence be a shape or a container; a shape has no containers in it.
-        if all(one is None or isinstance(one, (int, str, Dim)) for one in spec):
-            return [_mark(path, dim, size, names) for dim, size in enumerate(spec)]
-        return type(spec)(_marks(f"{path}.{at}", one, names) for at, one in enumerate(spec))
-    return spec
+        spec = dict(enumerate(spec))
+    if not isinstance(spec, Mapping):
+        return None
+    marks = {}
+    for dim, size in spec.items():
+        if type(dim) is not int or not -tensor.dim() <= dim < tensor.dim():
+            raise ProgramError(
+                f"dynamic names the dimension {dim} of {path}, which has {tensor.dim()}."
+            )
+        marks[dim % tensor.dim()] = _mark(path, dim % tensor.dim(), size, names)
+    return marks
 
 
-def _mark(path: str, dim: int, size: Any, names: _InputNames) -> Any:
+def _mark(path: str, dim: int, size: Any, names: _Names) -> Any:
     if isinstance(size, str):
         names.sizes[path, dim] = size
-        return Dim.DYNAMIC
+        # AUTO fixes a size where the model needs it so; _check_sizes then tells.
+        return Dim.AUTO
     if isinstance(size, Dim):
         names.sizes[path, dim] = size.__name__
     return size
 
 
-def _explain(exc: Exception) -> str:
-    """The first line of torch's message, under the last line of code that is not torch's."""
-    reason = str(exc).strip().partition("\n")[0] or type(exc).__name__
-    own = [
-        frame
-        for frame in traceback.extract_tb(exc.__traceback__)
-        if "/torch/" not in frame.filename and frame.filename != __file__
-    ]
-    where = (
-        f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}: {own[-1].line}\n  " if own else ""
-    )
-    return f"{where}torch.export could not follow the model: {reason}"
-
-
-# ---------------------------------------------------------------- lowering
-
-
-def _lower(exported: ExportedProgram) -> ExportedProgram:
-    """Make the graph functional, and take apart what the table does not have but torch can."""
-    if _is_lowered(exported):
-        return exported
-    table: dict[Any, Callable[..., Any]] = {}
-    for _ in range(_MAX_ROUNDS):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                exported = exported.run_decompositions(dict(table))
-        except Exception as exc:
-            raise ProgramError(_explain(exc)) from exc
-        found = {op: rule for op in _unknown(exported) if (rule := _decomposition(op))}
-        if not found.keys() - table.keys():
-            break
-        table |= found
-    return exported
-
-
-def _is_lowered(exported: ExportedProgram) -> bool:
-    """Nothing to do, which saves tracing the model a second time: every operator is in the table,
-    none writes to its arguments, and there is no region inside the graph."""
-    targets = {
-        node.target for node in exported.graph_module.graph.nodes if node.op == "call_function"
+def _at_least_two(
+    leaves: Sequence[tuple[str, torch.Tensor]], names: _Names
+) -> tuple[torch.Tensor, ...]:
+    """The examples, with named sizes of 1 made 2: to torch a size of 1 is special and fixed."""
+    small = {
+        name
+        for path, tensor in leaves
+        for dim in range(tensor.dim())
+        if (name := names.sizes.get((path, dim))) and tensor.shape[dim] == 1
     }
-    operators = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
-    return (
-        not exported.graph_signature.buffers_to_mutate
-        and not any(isinstance(t, torch._ops.HigherOrderOperator) for t in targets)
-        and not any(op._schema.is_mutable for op in operators)
-        and not _unknown(exported)
-    )
+    return tuple(_widened(path, tensor, small, names) for path, tensor in leaves)
 
 
-def _unknown(exported: ExportedProgram) -> set[torch._ops.OpOverload]:
-    return {
-        node.target
-        for module in exported.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for node in module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
-        and node.target not in HANDLED
-        and str(node.target) not in TABLE
-    }
+def _widened(path: str, tensor: torch.Tensor, small: set[str], names: _Names) -> torch.Tensor:
+    for dim in range(tensor.dim()):
+        if names.sizes.get((path, dim)) in small:
+            tensor = torch.cat([tensor, tensor], dim)
+    return tensor
 
 
-def _decomposition(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
-    if op in decomposition_table:
-        rule: Callable[..., Any] = decomposition_table[op]
-        return rule
-    if torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd"):
-        composite: Callable[..., Any] = _get_decomp_for_cia(op)
-        return composite
-    return None
+def _check_sizes(exported: ExportedProgram, names: _Names) -> None:
+    """Every size that the submitter named did stay open."""
+    placeholders = {one.name: one for one in exported.graph.nodes if one.op == "placeholder"}
+    for path, name in zip(names.inputs, exported.graph_signature.user_inputs, strict=True):
+        shape = placeholders[str(name)].meta["val"].shape
+        for dim, size in enumerate(shape):
+            symbol = names.sizes.get((path, dim))
+            if symbol is not None and isinstance(size, int):
+                raise ProgramError(
+                    f"{symbol}, dimension {dim} of {path}, can not vary: the model fixes it to "
+                    f"{size}{_fixed_where(placeholders.values(), size)}.  Leave it out of dynamic, "
+                    "or change the line to work at any size (no int(), no numbers of the example)."
+                )
+
+
+def _fixed_where(placeholders: Any, size: int) -> str:
+    """The line at which a size became a number, if torch noted it down."""
+    for node in placeholders:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is None or mode.shape_env is None:
+            continue
+        for symbol, place in mode.shape_env.replacements_slocs.items():
+            if mode.shape_env.replacements.get(symbol) == size:
+                user = place.maybe_user_loc or place.framework_loc
+                return f" at {user}" if user else ""
+    return ""
+
+
+def _names_of_exported(exported: ExportedProgram) -> _Names:
+    return _Names(_input_paths(exported), _output_paths(exported))
+
+
+def _output_name(path: str) -> str:
+    if not path:
+        return "output"
+    return f"output_{path}" if path[0].isdecimal() else path
 
 
 # ---------------------------------------------------------------- assembling
@@ -256,7 +285,7 @@ def _decomposition(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
 class _Assembly:
     """Puts a functional exported program together as a Program."""
 
-    def __init__(self, exported: ExportedProgram, names: _InputNames) -> None:
+    def __init__(self, exported: ExportedProgram, names: _Names) -> None:
         self._exported = exported
         self._names = names
         self._emitter = Emitter()
@@ -301,7 +330,7 @@ class _Assembly:
     def _inputs(self) -> list[Any]:
         placeholders = [one for one in self._exported.graph.nodes if one.op == "placeholder"]
         specs = self._exported.graph_signature.input_specs
-        paths = iter(_input_paths(self._exported, self._names.positional))
+        paths = iter(self._names.inputs)
         return [
             self._input(node, spec, next(paths) if spec.kind is InputKind.USER_INPUT else None)
             for node, spec in zip(placeholders, specs, strict=True)
@@ -327,15 +356,21 @@ class _Assembly:
             raise ProgramError(f"{target} is {tensor.dtype}, which programs do not carry.")
         if target in self._mutated:
             ref = self._emitter.add_input()
-            self._carry[_clean(target)] = (ref, tensor.clone())
+            self._carry[self._name_of(target)] = (ref, tensor.clone())
             return ref
         # Tied weights are one tensor under several names: send it once.
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         if tensor.numel() and key in self._shared:
             return self._shared[key]
         ref = self._shared[key] = self._emitter.add_input()
-        self._constants[_unique(_clean(target), self._constants)] = (ref, tensor)
+        self._constants[_unique(self._name_of(target), self._constants)] = (ref, tensor)
         return ref
+
+    def _name_of(self, target: str) -> str:
+        """A weight's name in the submitter's model, without the module that we put around it."""
+        if self._names.wrapped:
+            target = target.removeprefix(_MODEL).removeprefix(_USED)
+        return _clean(target)
 
     def _user_input(self, node: torch.fx.Node, spec: InputSpec, path: str) -> Any:
         if isinstance(spec.arg, ConstantArgument):
@@ -381,13 +416,13 @@ class _Assembly:
     def _outputs(self, outputs: list[Any]) -> tuple[list[Ref], list[tuple[Ref, TensorSpec]]]:
         nodes = self._exported.graph.output_node().args[0]
         assert isinstance(nodes, (tuple, list))
-        names = iter(_output_names(self._exported))
+        names = iter(self._names.outputs)
         carried: dict[str, Ref] = {}
         ys: list[tuple[Ref, TensorSpec]] = []
         specs = self._exported.graph_signature.output_specs
         for spec, value, node in zip(specs, outputs, nodes, strict=True):
             if spec.kind is OutputKind.BUFFER_MUTATION:
-                carried[_clean(spec.target or "")] = value
+                carried[self._name_of(spec.target or "")] = value
             elif spec.kind is OutputKind.USER_OUTPUT:
                 name = _unique(_clean(next(names)), {one.name for _, one in ys})
                 ys += self._output(name, value, node)
@@ -427,50 +462,36 @@ def _number_dtype(name: str, number: Any) -> DType:
 # ---------------------------------------------------------------- names
 
 
-def _input_paths(exported: ExportedProgram, positional: Sequence[str]) -> list[str]:
-    """A name for each leaf of the inputs, in order."""
+def _input_paths(exported: ExportedProgram) -> list[str]:
+    """A name for each leaf of the inputs, in order; positional ones are called as in the graph."""
     args_spec, kwargs_spec = exported.call_spec.in_spec.children()
+    arguments = iter(
+        spec.arg.name
+        for spec in exported.graph_signature.input_specs
+        if spec.kind is InputKind.USER_INPUT
+    )
     paths: list[str] = []
     for at, child in enumerate(args_spec.children()):
-        name = positional[at] if at < len(positional) else f"input_{at}"
-        paths += _leaf_paths(child, name)
+        own = [next(arguments) for _ in range(child.num_leaves)]
+        paths += own if child.is_leaf() else _leaf_paths(child, f"input_{at}")
     for key, child in zip(kwargs_spec.context, kwargs_spec.children(), strict=True):
         paths += _leaf_paths(child, str(key))
     return paths
 
 
-def _output_names(exported: ExportedProgram) -> list[str]:
-    spec = exported.call_spec.out_spec
-    if spec.is_leaf():
-        return ["output"]
-    numbered = spec.type in (tuple, list)
-    return [f"output_{path}" if numbered else path for path in _leaf_paths(spec, "")]
+def _output_paths(exported: ExportedProgram) -> list[str]:
+    return [_output_name(path) for path in _leaf_paths(exported.call_spec.out_spec, "")]
 
 
 def _leaf_paths(spec: pytree.TreeSpec, path: str) -> list[str]:
     if spec.is_leaf():
         return [path]
-    keys = _keys(spec)
+    keys = container_keys(spec.type, spec.context, spec.num_children)
     return [
         leaf
         for key, child in zip(keys, spec.children(), strict=True)
         for leaf in _leaf_paths(child, f"{path}.{key}" if path else str(key))
     ]
-
-
-def _keys(spec: pytree.TreeSpec) -> Sequence[Any]:
-    """The keys of a container's children: of a dict, a named tuple, or a registered class."""
-    context = spec.context
-    for keys in (getattr(spec.type, "_fields", None), getattr(context, "_fields", None), context):
-        if _are_keys(keys, spec.num_children):
-            return list(keys or ())
-    return range(spec.num_children)
-
-
-def _are_keys(keys: Any, count: int) -> bool:
-    if not isinstance(keys, (tuple, list)) or len(keys) != count:
-        return False
-    return all(isinstance(key, (str, int)) for key in keys)
 
 
 def _clean(name: str) -> str:

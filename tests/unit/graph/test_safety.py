@@ -10,7 +10,7 @@ import nextgpu_protocol
 
 ROOM = Path(nextgpu_node.graph.__path__[0])
 PROTOCOL = Path(nextgpu_protocol.__path__[0])
-SUBMITTER_ONLY = {"export.py", "emit.py"}
+SUBMITTER_ONLY = {"calls.py", "emit.py", "explain.py", "export.py", "lower.py"}
 FORBIDDEN_NAMES = {
     "eval",
     "exec",

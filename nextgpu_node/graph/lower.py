@@ -1,0 +1,108 @@
+"""A traced graph made functional and taken apart into operators of the table.  Submitter only."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._decomp import core_aten_decompositions, decomposition_table
+from torch._export.utils import _get_decomp_for_cia
+from torch.export import ExportedProgram
+
+from nextgpu_node.graph.emit import HANDLED
+from nextgpu_node.graph.explain import tracing_failed
+from nextgpu_node.graph.optable import TABLE
+
+_MAX_ROUNDS = 8
+
+
+def lower(exported: ExportedProgram) -> ExportedProgram:
+    """Make the graph functional, and take apart what the table does not have but torch can.
+
+    ProgramError where torch can not; an operator that stays unknown is left for emission to name.
+    """
+    if _is_lowered(exported):
+        return exported
+    table: dict[Any, Callable[..., Any]] = {}
+    for _ in range(_MAX_ROUNDS):
+        try:
+            with quiet():
+                exported = exported.run_decompositions(dict(table))
+        except Exception as exc:
+            raise tracing_failed(exc) from exc
+        found = {op: rule for op in _unknown(exported) if (rule := _decomposition(op))}
+        if not found.keys() - table.keys():
+            break
+        table |= found
+    return exported
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch prints graphs and stacks when it can not follow a model; ours is one error.
+
+    What the model itself prints appears once the tracing has worked.
+    """
+    out, err, before = io.StringIO(), io.StringIO(), logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+    sys.stdout.write(out.getvalue())
+    sys.stderr.write(err.getvalue())
+
+
+def _is_lowered(exported: ExportedProgram) -> bool:
+    """Nothing to do, which saves tracing the model a second time: every operator is in the table,
+    none writes to its arguments, and there is no region inside the graph."""
+    targets = {
+        node.target for node in exported.graph_module.graph.nodes if node.op == "call_function"
+    }
+    operators = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
+    return (
+        not exported.graph_signature.buffers_to_mutate
+        and not any(isinstance(t, torch._ops.HigherOrderOperator) for t in targets)
+        and not any(op._schema.is_mutable for op in operators)
+        and not _unknown(exported)
+    )
+
+
+def _unknown(exported: ExportedProgram) -> set[torch._ops.OpOverload]:
+    return {
+        node.target
+        for module in exported.graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+        for node in module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target not in HANDLED
+        and str(node.target) not in TABLE
+    }
+
+
+def _decomposition(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
+    for rules in (decomposition_table, _core_decompositions()):
+        if op in rules:
+            rule: Callable[..., Any] = rules[op]
+            return rule
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd"):
+        composite: Callable[..., Any] = _get_decomp_for_cia(op)
+        return composite
+    return None
+
+
+def _core_decompositions() -> dict[Any, Callable[..., Any]]:
+    rules: dict[Any, Callable[..., Any]] = core_aten_decompositions()
+    return rules
