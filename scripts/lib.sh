@@ -80,3 +80,18 @@ set_up() {
   rm -rf "$VENV"/lib/python3*/site-packages/trio-stubs
   echo "$stamp" >>"$VENV/.nextgpu-stamps"
 }
+
+# The second implementation's two packages.  Without node, npm or a registry its tests are skipped
+# and say so.
+set_up_interop() {
+  local room=tests/interop stamp
+  command -v node >/dev/null && command -v npm >/dev/null || return 0
+  stamp=$(cat "$room/package.json" "$room/package-lock.json" | sha256sum | cut -c1-32)
+  grep -qs "^$stamp" "$room/node_modules/.nextgpu-stamp" && return 0
+  say "installing the packages of $room"
+  if (cd "$room" && npm ci --silent --no-audit --no-fund) >/dev/null 2>&1; then
+    echo "$stamp" >"$room/node_modules/.nextgpu-stamp"
+  else
+    say "npm ci failed in $room: its tests are skipped"
+  fi
+}
