@@ -39,7 +39,7 @@ class Inbox:
         self._words = bytearray()
         self._continued: RecordKind | None = None
         self._results = 0
-        self._failure: Refusal | None = None
+        self.failure: Refusal | None = None
         self.summary: UnitSummary | None = None
 
     def take_untrusted(self, record: Record) -> Iterable[UnitEvent]:
@@ -63,8 +63,8 @@ class Inbox:
 
     def raise_if_failed(self, receipt: Receipt) -> None:
         """The unit's end as an exception; nothing where it is done."""
-        if self._failure is not None:
-            raise error_for(self._failure.error_code(), self._failure.detail)
+        if self.failure is not None:
+            raise error_for(self.failure.error_code(), self.failure.detail)
         if receipt.status != "done":
             raise status_error(receipt.status)
         if self.summary is None:
@@ -109,7 +109,7 @@ class Inbox:
             return []
         words = bytes(self._words)
         if record.kind is RecordKind.FAILED:
-            self._failure = decode_message_untrusted(Refusal, words)
+            self.failure = decode_message_untrusted(Refusal, words)
             return []
         self.summary = decode_message_untrusted(UnitSummary, words)
         return [Finished(summary=self.summary)]

@@ -8,7 +8,7 @@ where its plaintext exists.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from nextgpu_protocol.messages import (
     Offer,
     Receipt,
     ReceiptAck,
+    Refusal,
     UnitHeader,
     UnitRequest,
     check_suite_untrusted,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 _Signable = TypeVar("_Signable", UnitRequest, UnitHeader, ReceiptAck)
 
 _OFFER_DEADLINE_S = 40
+_NOBODY_READS = (SessionState.OUTPUT_ENDED, SessionState.RECEIPTED, SessionState.CLOSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,8 @@ class RemoteUnit:
         self._received = CiphertextHash()
         self.sent_bytes = 0
         self.unit_id = os.urandom(16)
+        # What the worker itself said, under the seal, where it gave up.
+        self.failure: Refusal | None = None
 
     # --- opening ----------------------------------------------------------------------------
 
@@ -232,7 +236,12 @@ class RemoteUnit:
 
     async def send_step(self, xs: Mapping[str, Tensor]) -> None:
         """Seal and send the inputs of one step."""
-        await self._write(RecordKind.STEP, encode_tensors(xs))
+        await self.send_steps([xs])
+
+    async def send_steps(self, steps: Iterable[Mapping[str, Tensor]]) -> None:
+        """Several steps at once: small ones share a sealed chunk, and its padding."""
+        for xs in steps:
+            await self._write(RecordKind.STEP, encode_tensors(xs))
         await self._flush(final=False)
 
     async def close_input(self) -> None:
@@ -256,7 +265,7 @@ class RemoteUnit:
         await self._send_data(self._sealer.seal(chunks[-1], final=final))
 
     async def _send_data(self, body: bytes) -> None:
-        if self._session.state in (SessionState.OUTPUT_ENDED, SessionState.RECEIPTED):
+        if self._session.state in _NOBODY_READS:
             return  # the program stopped early: nobody reads this any more
         self._sent.update(body)
         self.sent_bytes += len(body)
@@ -269,7 +278,7 @@ class RemoteUnit:
 
     # --- receiving --------------------------------------------------------------------------
 
-    async def events(self) -> AsyncIterator[UnitEvent]:
+    async def events(self) -> AsyncGenerator[UnitEvent, None]:
         """Everything the worker says, then the verified receipt.
 
         Raises at the end, after the receipt, where the unit did not succeed.
@@ -288,6 +297,7 @@ class RemoteUnit:
                         self._opener.check_end_untrusted()
                     case FrameKind.RECEIPT:
                         receipt = await self._take_receipt_untrusted(body, inbox)
+                        self.failure = inbox.failure
                         yield ReceiptVerified(receipt=receipt, peer_id=self._peer.peer_id)
                         inbox.raise_if_failed(receipt)
                         return
