@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import struct
 import sys
@@ -97,6 +98,11 @@ def domain(label: str) -> bytes:
 def hash_of(label: str, *parts: bytes) -> bytes:
     sized = b"".join(struct.pack(">Q", len(part)) + part for part in parts)
     return hashlib.blake2b(domain(label) + sized, digest_size=32).digest()
+
+
+def ciphertext_hash(*bodies: bytes) -> bytes:
+    sized = b"".join(struct.pack(">Q", len(body)) + body for body in bodies)
+    return hashlib.sha256(domain("ciphertext") + sized).digest()
 
 
 def pack(value: Any) -> bytes:
@@ -206,8 +212,8 @@ TRANSCRIPT = hash_of("th", OFFER_ENVELOPE, HEADER_ENVELOPE)
 RECEIPT: Fields = {
     "unit_id": HEADER["unit_id"],
     "transcript_hash": TRANSCRIPT,
-    "input_hash": hash_of("ciphertext", b"first frame", b"second frame"),
-    "output_hash": hash_of("ciphertext"),
+    "input_hash": ciphertext_hash(b"first frame", b"second frame"),
+    "output_hash": ciphertext_hash(),
     "status": "done",
     "metering": {
         "wall_ms": 1200,
@@ -241,6 +247,35 @@ CAPACITY: Fields = {
     "issued_at_ms": NOW_MS,
     "expires_at_ms": NOW_MS + 300_000,
 }
+TOKEN_KEYS = [Identity("token key 1"), Identity("token key 2"), Identity("token key 3")]
+BLOCK: Fields = {
+    "suite": 1,
+    "previous_hash": b"",
+    "next_key": TOKEN_KEYS[0].public,
+    "gpu_seconds": 3600,
+    "memory_bytes": 8 * GIB,
+    "kinds": ["program"],
+    "audience": b"",
+    "expires_at_ms": NOW_MS + 7 * 86_400_000,
+}
+BLOCK_ENVELOPE = PROVIDER.envelope("token", pack(plain(BLOCK)))
+USE: Fields = {
+    "suite": 1,
+    "token_hash": hash_of("envelope", BLOCK_ENVELOPE),
+    "submitter_key": SUBMITTER.public,
+    "request_nonce": REQUEST["nonce"],
+}
+USE_ENVELOPE = TOKEN_KEYS[0].envelope("token use", pack(plain(USE)))
+HEIR = Identity("provider, later")
+SUCCESSOR: Fields = {"suite": 1, "new_key": HEIR.public, "issued_at_ms": NOW_MS}
+SUCCESSOR_ENVELOPE = PROVIDER.envelope("successor", pack(plain(SUCCESSOR)))
+PREDECESSOR: Fields = {
+    "suite": 1,
+    "old_key": PROVIDER.public,
+    "successor_hash": hash_of("envelope", SUCCESSOR_ENVELOPE),
+}
+PREDECESSOR_ENVELOPE = HEIR.envelope("predecessor", pack(plain(PREDECESSOR)))
+LINK: Fields = {"successor": SUCCESSOR_ENVELOPE, "predecessor": PREDECESSOR_ENVELOPE}
 REFUSAL: Fields = {"code": 22, "detail": "one slot, in use"}
 MANIFEST: Fields = {"checkpoint_ms": 5000, "return_carry": True}
 SUMMARY: Fields = {"steps": 3, "load_ms": 120, "run_ms": 45, "stopped_early": False}
@@ -252,11 +287,18 @@ SIGNED: dict[str, tuple[Identity, Fields]] = {
     "receipt": (PROVIDER, RECEIPT),
     "ack": (SUBMITTER, ACK),
     "capacity": (PROVIDER, CAPACITY),
+    "token": (PROVIDER, BLOCK),
+    "token use": (TOKEN_KEYS[0], USE),
+    "successor": (PROVIDER, SUCCESSOR),
+    "predecessor": (HEIR, PREDECESSOR),
 }
 MESSAGES: dict[str, Fields] = {name: fields for name, (_, fields) in SIGNED.items()} | {
     "refusal": REFUSAL,
     "manifest": MANIFEST,
     "summary": SUMMARY,
+    "request token": {"blocks": [BLOCK_ENVELOPE], "use": USE_ENVELOPE},
+    "held token": {"blocks": [BLOCK_ENVELOPE], "seed": seed("token key 1")},
+    "successions": {"links": [LINK]},
 }
 
 # ------------------------------------------------------------------ messages
@@ -264,7 +306,15 @@ MESSAGES: dict[str, Fields] = {name: fields for name, (_, fields) in SIGNED.item
 
 def message(name: str, comment: str, type_: str, data: bytes, expect: str = "ok") -> Vector:
     decoded = MESSAGES[type_] if expect == "ok" else None
-    return Vector(f"message-{name}", comment, "message", data, expect, {"type": type_}, decoded)
+    return Vector(
+        f"message-{name.replace(' ', '-')}",
+        comment,
+        "message",
+        data,
+        expect,
+        {"type": type_},
+        decoded,
+    )
 
 
 def changed(type_: str, **changes: Any) -> bytes:
@@ -417,6 +467,16 @@ def fields_of_another_size() -> Iterator[Vector]:
         ("header", "unit_id", 17),
         ("header", "offer_hash", 31),
         ("header", "ephemeral_key", 33),
+        ("token", "previous_hash", 31),
+        ("token", "next_key", 33),
+        ("token", "audience", 31),
+        ("token use", "token_hash", 31),
+        ("token use", "submitter_key", 0),
+        ("token use", "request_nonce", 15),
+        ("held token", "seed", 31),
+        ("successor", "new_key", 31),
+        ("predecessor", "old_key", 33),
+        ("predecessor", "successor_hash", 0),
         ("receipt", "unit_id", 15),
         ("receipt", "transcript_hash", 33),
         ("receipt", "input_hash", 0),
@@ -495,7 +555,9 @@ def envelope(
         signer, fields = SIGNED[type_]
         decoded = {"signer": signer.public, "hash": hash_of("envelope", data), "message": fields}
     given = {"type": type_} | params
-    return Vector(f"envelope-{name}", comment, "envelope", data, expect, given, decoded)
+    return Vector(
+        f"envelope-{name.replace(' ', '-')}", comment, "envelope", data, expect, given, decoded
+    )
 
 
 def request_parts() -> list[Any]:
@@ -665,6 +727,7 @@ KINDS = {
     "ERROR": 9,
     "CANCEL": 10,
     "CAPACITY": 11,
+    "SUCCESSIONS": 12,
 }
 
 
@@ -699,7 +762,7 @@ def frames_that_are_wrong() -> Iterator[Vector]:
     comment = "Refused from the five bytes alone: 266240 is the limit."
     yield bad_frames("length-over", comment, over, "TOO_LARGE")
     yield bad_frames("length-huge", "2^32-1 bytes.", b"\xff\xff\xff\xff\5", "TOO_LARGE")
-    for kind in (0, 12, 31, 36, 50, 255):
+    for kind in (0, 13, 31, 36, 50, 255):
         data = struct.pack(">IB", 1, kind)
         yield bad_frames(f"kind-{kind}", "A kind that does not exist.", data, "MALFORMED")
     whole = frame("DATA", b"abc")
@@ -827,7 +890,7 @@ def good_stream(name: str, comment: str, bodies: list[bytes], records: Any, way:
         "transcript_hash": keys.transcript,
         "stream_key": keys.key,
         "commitment": keys.commitment,
-        "ciphertext_hash": hash_of("ciphertext", *bodies),
+        "ciphertext_hash": ciphertext_hash(*bodies),
         "records": records,
     }
     data = framed(bodies)
@@ -1106,6 +1169,288 @@ def conversations_with_one_wrong_step() -> Iterator[Vector]:
     for name, before, wrong, state in cases:
         comment = f"The last step, {wrong}, is not in the table."
         yield session(name, comment, (*before, wrong), "UNEXPECTED_MESSAGE", state)
+
+
+# ------------------------------------------------------------------ capability tokens
+
+WEEK_MS = 7 * 86_400_000
+HOUR_MS = 3_600_000
+
+
+def block(signer: Identity, **changes: Any) -> bytes:
+    """One block of a token: BLOCK with changes, signed by `signer`."""
+    return signer.envelope("token", pack(plain(BLOCK | changes)))
+
+
+def chained(*changes: Fields, issuer: Identity = PROVIDER) -> list[bytes]:
+    """Blocks that follow each other properly, each with its own changes."""
+    blocks: list[bytes] = []
+    signer = issuer
+    for fields, key in zip(changes, TOKEN_KEYS, strict=False):
+        previous = hash_of("envelope", blocks[-1]) if blocks else b""
+        blocks.append(
+            block(signer, **({"previous_hash": previous, "next_key": key.public} | fields))
+        )
+        signer = key
+    return blocks
+
+
+def used(blocks: list[bytes], **changes: Any) -> bytes:
+    """The token of a request, used with the key of its last block."""
+    use = USE | {"token_hash": hash_of("envelope", blocks[-1])} | changes
+    key = TOKEN_KEYS[min(len(blocks), len(TOKEN_KEYS)) - 1]
+    return pack([blocks, key.envelope("token use", pack(plain(use)))])
+
+
+def token(name: str, comment: str, data: bytes, expect: str = "ok", **params: Any) -> Vector:
+    given: Fields = {
+        "issuer": PROVIDER.public,
+        "submitter_key": SUBMITTER.public,
+        "request_nonce": REQUEST["nonce"],
+        "memory_bytes": 2 * GIB,
+        "max_seconds": 600,
+        "now_ms": NOW_MS,
+    } | params
+    decoded = None
+    if expect == "ok":
+        (blocks, _) = msgpack.unpackb(data)
+        last = msgpack.unpackb(msgpack.unpackb(blocks[-1])[1])
+        hashes = [hash_of("envelope", one) for one in blocks]
+        decoded = {"hashes": hashes, "allows": dict(zip(BLOCK, last, strict=True))}
+    return Vector(f"token-{name}", comment, "token", data, expect, given, decoded)
+
+
+NARROWER: Fields = {
+    "gpu_seconds": 600,
+    "memory_bytes": 2 * GIB,
+    "audience": SUBMITTER.public,
+    "expires_at_ms": NOW_MS + HOUR_MS,
+}
+
+
+@scenario
+def tokens_that_serve() -> Iterator[Vector]:
+    yield token("one-block", "As the issuer gave it away.", used(chained({})))
+    yield token("narrowed", "A holder narrowed it for one peer.", used(chained({}, NARROWER)))
+    again = NARROWER | {"gpu_seconds": 600, "memory_bytes": 2 * GIB}
+    yield token("narrowed-twice", "Three blocks.", used(chained({}, NARROWER, again)))
+    same = used(chained({}, {}))
+    yield token("handed-on-as-it-is", "A block that changes nothing but the key.", same)
+    yield token(
+        "last-millisecond", "Its very last moment.", used(chained({})), now_ms=NOW_MS + WEEK_MS
+    )
+    unknown = used(chained({"kinds": ["program", "zzz"]}))
+    yield token("kind-of-later", "A kind that nobody knows yet, beside program.", unknown)
+
+
+@scenario
+def tokens_that_widen() -> Iterator[Vector]:
+    cases: dict[str, Fields] = {
+        "gpu-seconds": {"gpu_seconds": 3601},
+        "memory": {"memory_bytes": 8 * GIB + 1},
+        "kinds": {"kinds": ["function", "program"]},
+        "expiry": {"expires_at_ms": NOW_MS + WEEK_MS + 1},
+    }
+    for name, wider in cases.items():
+        comment = "A holder's block allows more than the block before."
+        yield token(f"wider-{name}", comment, used(chained({}, wider)), "BAD_TOKEN")
+    first = {"audience": SUBMITTER.public}
+    comment = "The second block gives the token back to everybody."
+    yield token("audience-stripped", comment, used(chained(first, {"audience": b""})), "BAD_TOKEN")
+    other = {"audience": STRANGER.public}
+    comment = "The second block names another submitter."
+    data = used(chained(first, other), submitter_key=STRANGER.public)
+    yield token(
+        "audience-changed", comment, data, "BAD_TOKEN", submitter_key=STRANGER.public
+    )  # fmt: skip
+    comment = "The third block is as wide as the first; the second was narrower."
+    yield token("wider-than-between", comment, used(chained({}, NARROWER, {})), "BAD_TOKEN")
+
+
+@scenario
+def chains_that_do_not_hold() -> Iterator[Vector]:
+    whole, other = chained({}, NARROWER), chained({"gpu_seconds": 7200}, {"gpu_seconds": 7200})
+    cut = USE | {"token_hash": hash_of("envelope", whole[0])}
+    stolen = TOKEN_KEYS[1].envelope("token use", pack(plain(cut)))
+    comment = "The last block is left out; its holder has only the key after it."
+    yield token("truncated", comment, pack([whole[:1], stolen]), "BAD_TOKEN")
+    yield token("first-block-missing", "Only the second block.", used_by(1, whole[1:]), "BAD_TOKEN")
+    yield token(
+        "blocks-swapped", "The right blocks, turned around.", used_by(1, whole[::-1]), "BAD_TOKEN"
+    )
+    comment = "The first block of a larger token of the same issuer before the second of this one."
+    yield token("block-of-another-token", comment, used_by(1, [other[0], whole[1]]), "BAD_TOKEN")
+    comment = "A block signed by a key that the block before does not name."
+    forged = block(
+        STRANGER, previous_hash=hash_of("envelope", whole[0]), next_key=TOKEN_KEYS[1].public
+    )
+    yield token("block-by-a-stranger", comment, used_by(1, [whole[0], forged]), "BAD_TOKEN")
+    unlinked = block(TOKEN_KEYS[0], previous_hash=seed("nothing"), next_key=TOKEN_KEYS[1].public)
+    comment = "The second block names another block as the one before it."
+    yield token("previous-hash-other", comment, used_by(1, [whole[0], unlinked]), "BAD_TOKEN")
+    comment = "The first block claims that one was before it."
+    yield token(
+        "previous-hash-first", comment, used(chained({"previous_hash": seed("x")})), "BAD_TOKEN"
+    )
+    changed_bit = bytearray(whole[0])
+    changed_bit[80] ^= 1
+    yield token(
+        "bit-of-block", "One bit of the first block.", used([bytes(changed_bit)]), "BAD_TOKEN"
+    )
+    envelope_of_capacity = PROVIDER.envelope("capacity", pack(plain(CAPACITY)))
+    comment = "Another message that the issuer signed in the place of a block."
+    yield token("capacity-as-block", comment, used([envelope_of_capacity]), "BAD_TOKEN")
+
+
+def used_by(index: int, blocks: list[bytes], **changes: Any) -> bytes:
+    """As `used`, by the key of that number."""
+    use = USE | {"token_hash": hash_of("envelope", blocks[-1])} | changes
+    return pack([blocks, TOKEN_KEYS[index].envelope("token use", pack(plain(use)))])
+
+
+@scenario
+def tokens_of_a_wrong_form() -> Iterator[Vector]:
+    good = chained({})
+    yield token(
+        "empty", "An empty field is no token; one zero byte is none either.", b"\0", "BAD_TOKEN"
+    )
+    yield token("no-blocks", "No block at all.", pack([[], USE_ENVELOPE]), "BAD_TOKEN")
+    yield token("trailing", "A byte after the token.", used(good) + b"\0", "BAD_TOKEN")
+    yield token("no-use", "Blocks without a use.", pack([good, b""]), "BAD_TOKEN")
+    yield token("over-4-kib", "More than 4096 bytes.", pack([good, bytes(4096)]), "BAD_TOKEN")
+    long_form = b"\x92\xdc\x00\x01" + pack(good[0]) + pack(USE_ENVELOPE)
+    yield token("not-canonical", "array16 where fixarray fits.", long_form, "BAD_TOKEN")
+    for suite in (0, 2):
+        data = used(chained({"suite": suite}))
+        yield token(f"suite-{suite}", "There is one suite.", data, "BAD_TOKEN")
+    orders: dict[str, list[str]] = {"empty": [], "twice": ["program"] * 2, "unsorted": ["b", "a"]}
+    for name, kinds in orders.items():
+        comment = "kinds is not a strictly ascending list of at least one."
+        yield token(f"kinds-{name}", comment, used(chained({"kinds": kinds})), "BAD_TOKEN")
+    data = used(chained({"gpu_seconds": 0}))
+    yield token("gpu-seconds-0", "It allows nothing.", data, "BAD_TOKEN")
+    blocks = [block(PROVIDER)]
+    for _ in range(8):
+        previous = hash_of("envelope", blocks[-1])
+        blocks.append(block(TOKEN_KEYS[0], previous_hash=previous))
+    yield token("nine-blocks", "Nine blocks; eight are allowed.", used_by(0, blocks), "BAD_TOKEN")
+    yield token("eight-blocks", "Eight blocks, each with the same key.", used_by(0, blocks[:8]))
+
+
+@scenario
+def uses_for_another_request() -> Iterator[Vector]:
+    good = chained({})
+    comment = "Taken from another's request: the use names that submitter."
+    yield token("use-of-another", comment, used(good), "BAD_TOKEN", submitter_key=STRANGER.public)
+    nonce = seed("another nonce")[:16]
+    comment = "Taken from an earlier request: the use names its nonce."
+    yield token("use-of-before", comment, used(good), "BAD_TOKEN", request_nonce=nonce)
+    data = used(good, token_hash=seed("x"))
+    yield token("use-of-another-token", "It names another block.", data, "BAD_TOKEN")
+    data = used(good, suite=2)
+    yield token("use-suite-2", "There is one suite.", data, "BAD_TOKEN")
+    use = STRANGER.envelope("token use", pack(plain(USE)))
+    yield token("use-by-a-stranger", "Signed without the key.", pack([good, use]), "BAD_TOKEN")
+    use = TOKEN_KEYS[0].envelope("ack", pack(plain(USE)))
+    yield token("use-as-ack", "Signed as another type.", pack([good, use]), "BAD_TOKEN")
+
+
+@scenario
+def tokens_that_do_not_serve_here() -> Iterator[Vector]:
+    data = used(chained({}, issuer=STRANGER))
+    yield token("other-issuer", "A right token of another provider.", data, "TOKEN_ISSUER")
+    late = NOW_MS + WEEK_MS + 1
+    comment = "One millisecond after the end; there is no skew."
+    yield token("expired", comment, used(chained({})), "TOKEN_EXPIRED", now_ms=late)
+    comment = "The second block has expired, the first has not."
+    data = used(chained({}, NARROWER))
+    yield token("expired-early", comment, data, "TOKEN_EXPIRED", now_ms=NOW_MS + HOUR_MS + 1)
+    data = used(chained({}, NARROWER | {"audience": STRANGER.public}))
+    yield token("other-audience", "Narrowed for somebody else.", data, "TOKEN_AUDIENCE")
+    data = used(chained({"kinds": ["function"]}))
+    yield token("other-kind", "It allows no programs.", data, "TOKEN_LIMIT")
+    data = used(chained({}))
+    yield token(
+        "too-much-memory", "8 GiB and a byte.", data, "TOKEN_LIMIT", memory_bytes=8 * GIB + 1
+    )
+    yield token("too-many-seconds", "3601 of 3600.", data, "TOKEN_LIMIT", max_seconds=3601)
+
+
+# ------------------------------------------------------------------ successions
+
+
+def link(old: Identity, new: Identity, **changes: Any) -> Fields:
+    """A right succession; `changes` are fields of the predecessor."""
+    first = old.envelope("successor", pack(plain(SUCCESSOR | {"new_key": new.public})))
+    fields = {"suite": 1, "old_key": old.public, "successor_hash": hash_of("envelope", first)}
+    second = new.envelope("predecessor", pack(plain(fields | changes)))
+    return {"successor": first, "predecessor": second}
+
+
+def successions(
+    name: str, comment: str, links: list[Fields], expect: str = "ok", peer: Identity = HEIR
+) -> Vector:
+    data = pack([plain(links)])
+    old = [msgpack.unpackb(one["successor"])[2] for one in links] if expect == "ok" else None
+    decoded = {"predecessors": old} if expect == "ok" else None
+    return Vector(
+        f"successions-{name}", comment, "successions", data, expect, {"peer": peer.public}, decoded
+    )
+
+
+@scenario
+def successions_that_hold() -> Iterator[Vector]:
+    yield successions("none", "A node that has always had its key.", [])
+    yield successions("one", "One change of key.", [link(PROVIDER, HEIR)])
+    two = [link(STRANGER, PROVIDER), link(PROVIDER, HEIR)]
+    yield successions("two", "Two changes.", two)
+
+
+@scenario
+def successions_that_do_not() -> Iterator[Vector]:
+    right = link(PROVIDER, HEIR)
+    theirs = link(STRANGER, HEIR)
+    yield successions("other-peer", "They lead to another key.", [right], "WRONG_PEER", SUBMITTER)
+    gap = [link(STRANGER, SUBMITTER), right]
+    yield successions("gap", "The first link does not lead to the second.", gap, "WRONG_PEER")
+    turned = [right, link(STRANGER, PROVIDER)]
+    yield successions("turned-around", "Newest first.", turned, "WRONG_PEER")
+    comment = "The heir answers another key than the one that named it."
+    yield successions(
+        "old-key-other", comment, [link(PROVIDER, HEIR, old_key=STRANGER.public)], "WRONG_PEER"
+    )
+    comment = "Named an heir, without the heir's word: the answer is a stranger's."
+    alone = right | {"predecessor": STRANGER.envelope("predecessor", pack(plain(PREDECESSOR)))}
+    yield successions("unwilling-heir", comment, [alone], "WRONG_PEER")
+    comment = "Claims a name, without the owner's word: the naming is by a stranger."
+    claimed = right | {"successor": theirs["successor"]}
+    yield successions("unnamed-heir", comment, [claimed], "WRONG_PEER")
+    again = PROVIDER.envelope("successor", pack(plain(SUCCESSOR | {"issued_at_ms": NOW_MS + 1})))
+    comment = "The heir has answered an earlier naming."
+    yield successions("other-hash", comment, [right | {"successor": again}], "BAD_SIGNATURE")
+    changed_bit = right["successor"][:-1] + bytes([right["successor"][-1] ^ 1])
+    comment = "One bit of the old key's signature."
+    yield successions(
+        "bit-of-successor", comment, [right | {"successor": changed_bit}], "BAD_SIGNATURE"
+    )
+    changed_bit = right["predecessor"][:-1] + bytes([right["predecessor"][-1] ^ 1])
+    comment = "One bit of the new key's signature."
+    yield successions(
+        "bit-of-predecessor", comment, [right | {"predecessor": changed_bit}], "BAD_SIGNATURE"
+    )
+    swapped = {"successor": right["predecessor"], "predecessor": right["successor"]}
+    yield successions("swapped", "Each in the other's place.", [swapped], "UNEXPECTED_MESSAGE")
+    circle = [link(HEIR, PROVIDER), right]
+    yield successions("circle", "A key comes back.", circle, "MALFORMED")
+    names = [Identity(f"name {i}") for i in range(9)] + [HEIR]
+    many = [link(a, b) for a, b in itertools.pairwise(names)]
+    yield successions("nine", "Nine links; eight are allowed.", many, "MALFORMED")
+    yield successions("eight", "Eight links.", many[1:])
+    yield successions(
+        "suite-2", "There is one suite.", [link(PROVIDER, HEIR, suite=2)], "UNKNOWN_SUITE"
+    )
+    one_sided = [{"successor": right["successor"], "predecessor": b""}]
+    yield successions("one-sided", "The new key says nothing.", one_sided, "MALFORMED")
 
 
 # ------------------------------------------------------------------ tables of the spec

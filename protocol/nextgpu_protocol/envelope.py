@@ -25,8 +25,12 @@ from nextgpu_protocol.limits import MAX_MESSAGE_BYTES
 from nextgpu_protocol.messages import (
     Capacity,
     Offer,
+    Predecessor,
     Receipt,
     ReceiptAck,
+    Successor,
+    TokenBlock,
+    TokenUse,
     UnitHeader,
     UnitRequest,
 )
@@ -43,6 +47,10 @@ TYPE_NAMES: dict[type, str] = {
     Receipt: "receipt",
     ReceiptAck: "ack",
     Capacity: "capacity",
+    TokenBlock: "token",
+    TokenUse: "token use",
+    Successor: "successor",
+    Predecessor: "predecessor",
 }
 
 

@@ -33,6 +33,13 @@ class ErrorCode(IntEnum):
     OLD_TABLE = 25
     RATE_LIMITED = 26
     SHUTTING_DOWN = 27
+    BAD_TOKEN = 30
+    TOKEN_EXPIRED = 31
+    TOKEN_SPENT = 32
+    TOKEN_REVOKED = 33
+    TOKEN_AUDIENCE = 34
+    TOKEN_ISSUER = 35
+    TOKEN_LIMIT = 36
     BAD_PROGRAM = 40
     UNKNOWN_OPERATOR = 41
     BAD_TENSORS = 42
@@ -68,6 +75,13 @@ SENTENCES: dict[ErrorCode, str] = {
     ErrorCode.OLD_TABLE: "The program needs a newer operator table than this node has.",
     ErrorCode.RATE_LIMITED: "Too many requests; try again later.",
     ErrorCode.SHUTTING_DOWN: "This node is shutting down.",
+    ErrorCode.BAD_TOKEN: "The capability token is malformed, or its chain does not hold.",
+    ErrorCode.TOKEN_EXPIRED: "The capability token has expired.",
+    ErrorCode.TOKEN_SPENT: "The capability token has not enough GPU seconds left.",
+    ErrorCode.TOKEN_REVOKED: "The capability token was revoked, or its issuer has no record of it.",
+    ErrorCode.TOKEN_AUDIENCE: "The capability token was given to another peer.",
+    ErrorCode.TOKEN_ISSUER: "The capability token was issued by another peer.",
+    ErrorCode.TOKEN_LIMIT: "The unit asks for more than the capability token allows.",
     ErrorCode.BAD_PROGRAM: "The program is not valid.",
     ErrorCode.UNKNOWN_OPERATOR: "The program names an operator that is not in the table.",
     ErrorCode.BAD_TENSORS: "The tensors do not match what the program declares.",

@@ -31,6 +31,7 @@ class FrameKind(IntEnum):
     ERROR = 9
     CANCEL = 10
     CAPACITY = 11
+    SUCCESSIONS = 12
     CONNECT = 32
     CONNECTED = 33
     SIGN = 34

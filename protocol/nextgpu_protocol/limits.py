@@ -38,3 +38,11 @@ MAX_MANIFEST_BYTES: Final = 4 * KIB
 MAX_STREAM_BYTES: Final = 64 * GIB
 MAX_UNIT_SECONDS: Final = 24 * 3600
 MAX_MEMORY_BYTES: Final = 1024 * GIB
+
+# A capability token travels inside a request, which is one message.
+MAX_TOKEN_BYTES: Final = 4 * KIB
+MAX_TOKEN_BLOCKS: Final = 8
+MAX_TOKEN_GPU_SECONDS: Final = 10**9  # 31 years of one device
+
+# All succession statements of one node together fit into one message.
+MAX_SUCCESSIONS: Final = 8

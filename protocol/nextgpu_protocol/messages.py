@@ -20,6 +20,9 @@ from nextgpu_protocol.limits import (
     MAX_OFFER_LIFETIME_MS,
     MAX_REQUEST_LIFETIME_MS,
     MAX_STREAM_BYTES,
+    MAX_SUCCESSIONS,
+    MAX_TOKEN_BLOCKS,
+    MAX_TOKEN_GPU_SECONDS,
     MAX_UNIT_SECONDS,
 )
 
@@ -44,7 +47,7 @@ class UnitRequest:
     table_version: int  # oldest operator table that can run the program
     issued_at_ms: int
     expires_at_ms: int
-    token: bytes  # capability token, empty for none
+    token: bytes  # an encoded Token, empty for none
 
     def validate(self) -> None:
         _exact("UnitRequest.nonce", self.nonce, 16)
@@ -226,6 +229,116 @@ class Refusal:
             return ErrorCode.INTERNAL
 
 
+@dataclass(frozen=True, slots=True)
+class TokenBlock:
+    """One block of a capability token: all that may be had with it.  Spec: 75-tokens.md
+
+    The first is signed by the issuer, each other one by the `next_key` of the block before.
+    """
+
+    suite: int
+    previous_hash: bytes  # hash of the block before; empty in the first
+    next_key: bytes  # Ed25519 key that may add a block, or use the token
+    gpu_seconds: int  # in all, over every use
+    memory_bytes: int  # of the worker, for each unit
+    kinds: tuple[str, ...]  # of work; in ascending order
+    audience: bytes  # the one submitter key that may use it; empty for whoever holds it
+    expires_at_ms: int
+
+    def validate(self) -> None:
+        if len(self.previous_hash) not in (0, HASH_BYTES):
+            raise RemoteProtocolError(ErrorCode.MALFORMED, "TokenBlock.previous_hash")
+        _exact("TokenBlock.next_key", self.next_key, KEY_BYTES)
+        _within("TokenBlock.gpu_seconds", self.gpu_seconds, 1, MAX_TOKEN_GPU_SECONDS)
+        _within("TokenBlock.memory_bytes", self.memory_bytes, 1, MAX_MEMORY_BYTES)
+        if not self.kinds or list(self.kinds) != sorted(set(self.kinds)):
+            raise RemoteProtocolError(ErrorCode.MALFORMED, "TokenBlock.kinds is not in order")
+        if len(self.audience) not in (0, KEY_BYTES):
+            raise RemoteProtocolError(ErrorCode.MALFORMED, "TokenBlock.audience")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUse:
+    """Shows the token's last key, for one request.  Signed by the `next_key` of the last block."""
+
+    suite: int
+    token_hash: bytes  # hash of the last block
+    submitter_key: bytes  # who signs the request
+    request_nonce: bytes
+
+    def validate(self) -> None:
+        _exact("TokenUse.token_hash", self.token_hash, HASH_BYTES)
+        _exact("TokenUse.submitter_key", self.submitter_key, KEY_BYTES)
+        _exact("TokenUse.request_nonce", self.request_nonce, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What a request carries: the chain of blocks and their use, each an envelope."""
+
+    blocks: tuple[bytes, ...]
+    use: bytes
+
+    def validate(self) -> None:
+        _count("Token.blocks", self.blocks, MAX_TOKEN_BLOCKS)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class HeldToken:
+    """What a holder keeps and hands on: the blocks, and the secret of the last `next_key`."""
+
+    blocks: tuple[bytes, ...]
+    seed: bytes  # Ed25519, 32 bytes
+
+    def validate(self) -> None:
+        _count("HeldToken.blocks", self.blocks, MAX_TOKEN_BLOCKS)
+        _exact("HeldToken.seed", self.seed, KEY_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Successor:
+    """ "`new_key` is who I am from now on."  Signed by the old key.  Spec: 15-succession.md"""
+
+    suite: int
+    new_key: bytes
+    issued_at_ms: int
+
+    def validate(self) -> None:
+        _exact("Successor.new_key", self.new_key, KEY_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Predecessor:
+    """ "I was `old_key`."  Signed by the new key, over the old one's statement."""
+
+    suite: int
+    old_key: bytes
+    successor_hash: bytes  # hash of the Successor's envelope
+
+    def validate(self) -> None:
+        _exact("Predecessor.old_key", self.old_key, KEY_BYTES)
+        _exact("Predecessor.successor_hash", self.successor_hash, HASH_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """One change of key, signed from both sides; each an envelope."""
+
+    successor: bytes
+    predecessor: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Successions:
+    """Every change of key of one node, oldest first.  Not signed as a whole."""
+
+    links: tuple[Succession, ...]
+
+    def validate(self) -> None:
+        if len(self.links) > MAX_SUCCESSIONS:
+            raise RemoteProtocolError(ErrorCode.MALFORMED, "Successions.links are too many")
+
+
 def check_window_untrusted(issued_at_ms: int, expires_at_ms: int, *, now_ms: int) -> None:
     """Refuse what has expired or is dated in the future, clocks being MAX_CLOCK_SKEW_MS apart."""
     if now_ms > expires_at_ms + MAX_CLOCK_SKEW_MS:
@@ -257,6 +370,11 @@ def _within(name: str, value: int, low: int, high: int) -> None:
 
 def _at_most(name: str, value: int, high: int) -> None:
     _within(name, value, 0, high)
+
+
+def _count(name: str, items: tuple[bytes, ...], most: int) -> None:
+    if not 1 <= len(items) <= most:
+        raise RemoteProtocolError(ErrorCode.MALFORMED, f"{name} has from 1 to {most} items")
 
 
 def _lifetime(issued_at_ms: int, expires_at_ms: int, longest_ms: int) -> None:

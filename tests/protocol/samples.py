@@ -15,8 +15,12 @@ from nextgpu_protocol.messages import (
     DeviceInfo,
     Metering,
     Offer,
+    Predecessor,
     Receipt,
     ReceiptAck,
+    Successor,
+    TokenBlock,
+    TokenUse,
     UnitHeader,
     UnitRequest,
     WipeStep,
@@ -105,6 +109,19 @@ CAPACITY = Capacity(
     expires_at_ms=NOW_MS + 60_000,
 )
 
+TOKEN_KEY = SigningKey(b"t" * 32)
+BLOCK = TokenBlock(
+    suite=SUITE,
+    previous_hash=b"",
+    next_key=bytes(TOKEN_KEY.verify_key),
+    gpu_seconds=3600,
+    memory_bytes=8 * GIB,
+    kinds=("program",),
+    audience=b"",
+    expires_at_ms=NOW_MS + 60_000,
+)
+USE = TokenUse(SUITE, b"h" * 32, bytes(SUBMITTER.verify_key), b"n" * 16)
+
 SIGNED: dict[type, tuple[Any, SigningKey]] = {
     UnitRequest: (REQUEST, SUBMITTER),
     Offer: (OFFER, PROVIDER),
@@ -112,6 +129,10 @@ SIGNED: dict[type, tuple[Any, SigningKey]] = {
     Receipt: (RECEIPT, PROVIDER),
     ReceiptAck: (ACK, SUBMITTER),
     Capacity: (CAPACITY, PROVIDER),
+    TokenBlock: (BLOCK, PROVIDER),
+    TokenUse: (USE, TOKEN_KEY),
+    Successor: (Successor(SUITE, b"k" * 32, NOW_MS), PROVIDER),
+    Predecessor: (Predecessor(SUITE, b"k" * 32, b"h" * 32), SUBMITTER),
 }
 
 

@@ -18,11 +18,19 @@ from nextgpu_protocol.messages import (
     UNIT_STATUSES,
     Capacity,
     DeviceInfo,
+    HeldToken,
     Metering,
     Offer,
+    Predecessor,
     Receipt,
     ReceiptAck,
     Refusal,
+    Succession,
+    Successions,
+    Successor,
+    Token,
+    TokenBlock,
+    TokenUse,
     UnitHeader,
     UnitRequest,
     WipeStep,
@@ -63,11 +71,17 @@ def type_text(hint: Any) -> str:
     return "text" if hint is str else str(hint.__name__)
 
 
-@pytest.mark.parametrize("cls", MESSAGES)
+PAGE_OF: dict[Any, str] = {
+    **dict.fromkeys((TokenBlock, TokenUse, Token, HeldToken), "75-tokens.md"),
+    **dict.fromkeys((Successor, Predecessor, Succession, Successions), "15-succession.md"),
+}
+
+
+@pytest.mark.parametrize("cls", [*MESSAGES, *PAGE_OF])
 def test_every_field_is_in_the_spec_with_its_type_and_in_its_order(cls: Any) -> None:
     hints = typing.get_type_hints(cls)
     wanted = [(f.name, type_text(hints[f.name])) for f in dataclasses.fields(cls)]
-    table = rows(section(page("40-messages.md"), cls.__name__))
+    table = rows(section(page(PAGE_OF.get(cls, "40-messages.md")), cls.__name__))
     assert [(row[0].strip("`"), row[1]) for row in table] == wanted
 
 

@@ -14,10 +14,17 @@ from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import Frame, FrameDecoder, FrameKind
 from nextgpu_protocol.messages import (
     Capacity,
+    HeldToken,
     Offer,
+    Predecessor,
     Receipt,
     ReceiptAck,
     Refusal,
+    Successions,
+    Successor,
+    Token,
+    TokenBlock,
+    TokenUse,
     UnitHeader,
     UnitRequest,
     check_suite_untrusted,
@@ -26,6 +33,13 @@ from nextgpu_protocol.messages import (
 from nextgpu_protocol.records import UnitManifest, UnitSummary, read_records_untrusted
 from nextgpu_protocol.sealing import CiphertextHash, KeyPair, Opener, StreamKey, transcript_hash
 from nextgpu_protocol.session import Session
+from nextgpu_protocol.succession import predecessors_untrusted
+from nextgpu_protocol.tokens import (
+    check_token_untrusted,
+    check_within_token_untrusted,
+    open_token_untrusted,
+)
+from tests.protocol.samples import REQUEST
 
 PROTOCOL = Path(__file__).resolve().parents[2] / "protocol"
 
@@ -39,6 +53,13 @@ TYPES: dict[str, Any] = {
     "refusal": Refusal,
     "manifest": UnitManifest,
     "summary": UnitSummary,
+    "token": TokenBlock,
+    "token use": TokenUse,
+    "request token": Token,
+    "held token": HeldToken,
+    "successor": Successor,
+    "predecessor": Predecessor,
+    "successions": Successions,
 }
 
 
@@ -69,6 +90,8 @@ def run_vector(vector: Vector) -> tuple[str, Any]:
         "frame": _run_frames,
         "stream": _run_stream,
         "session": _run_session,
+        "token": _run_token,
+        "successions": _run_successions,
     }
     try:
         return "ok", runners[vector.kind](vector)
@@ -84,11 +107,11 @@ def _run_envelope(vector: Vector) -> Any:
     signed: Signed[Any] = open_envelope_untrusted(TYPES[vector.params["type"]], vector.input)
     if hasattr(signed.message, "suite"):
         check_suite_untrusted(signed.message.suite)
-    if hasattr(signed.message, "expires_at_ms") and "now_ms" in vector.params:
+    if hasattr(signed.message, "issued_at_ms") and hasattr(signed.message, "expires_at_ms"):
         check_window_untrusted(
             signed.message.issued_at_ms,
             signed.message.expires_at_ms,
-            now_ms=vector.params["now_ms"],
+            now_ms=vector.params.get("now_ms", signed.message.issued_at_ms),
         )
     return {
         "signer": signed.signer.hex(),
@@ -157,6 +180,25 @@ def _run_session(vector: Vector) -> Any:
         steps.append(f"{sender} {kind.name}")
     assert sides["S"].state is sides["P"].state
     return {"steps": steps, "state": sides["S"].state.value}
+
+
+def _run_token(vector: Vector) -> Any:
+    given = vector.params
+    submitter, nonce = bytes.fromhex(given["submitter_key"]), bytes.fromhex(given["request_nonce"])
+    chain = open_token_untrusted(vector.input, submitter_key=submitter, request_nonce=nonce)
+    issuers = frozenset({bytes.fromhex(given["issuer"])})
+    check_token_untrusted(
+        chain, issuers=issuers, holders=frozenset({submitter}), now_ms=given["now_ms"]
+    )
+    asked = {name: given[name] for name in ("memory_bytes", "max_seconds")}
+    check_within_token_untrusted(chain, dataclasses.replace(REQUEST, **asked))
+    hashes = [block.hash.hex() for block in chain.blocks]
+    return {"hashes": hashes, "allows": _plain(chain.allows)}
+
+
+def _run_successions(vector: Vector) -> Any:
+    keys = predecessors_untrusted(vector.input, bytes.fromhex(vector.params["peer"]))
+    return {"predecessors": [key.hex() for key in keys]}
 
 
 def _plain(value: Any) -> Any:
