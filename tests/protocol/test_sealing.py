@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-
 import itertools
 from collections.abc import Callable, Iterable
 
@@ -12,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nacl import bindings as sodium
 
-from nextgpu_protocol.envelope import hash_of
 from nextgpu_protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from nextgpu_protocol.framing import FrameKind, encode_frame
 from nextgpu_protocol.limits import CHUNK_OVERHEAD_BYTES, CHUNK_PLAINTEXT_BYTES
