@@ -298,6 +298,8 @@ class SubmitConfig:
     max_unit_seconds: int = _setting(600, _UNIT_SECONDS)
     max_memory_bytes: int = _setting(4 * GIB, _MEMORY_SIZE)
     max_output_bytes: int = _setting(2 * GIB, _STREAM_SIZE)
+    trusted: tuple[str, ...] = _setting((), _PEER_IDS)
+    remember_peers: bool = _setting(True, Switch())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ class NextGPUError(Exception):
     """Something went wrong in NextGPU."""
 
     exit_code = 1
+    # The wire's code (nextgpu_protocol.errors.ErrorCode) where a peer gave one.
+    code: int | None = None
 
     def __str__(self) -> str:
         return super().__str__() or (type(self).__doc__ or "").strip()

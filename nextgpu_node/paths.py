@@ -101,6 +101,14 @@ class Paths:
         return self.runtime_dir / "units.sock"
 
     @property
+    def peer_history_file(self) -> Path:
+        return self.state_dir / "peer-history.json"
+
+    @property
+    def jobs_dir(self) -> Path:
+        return self.data_dir / "jobs"
+
+    @property
     def worker_dir(self) -> Path:
         """Where the launcher keeps what belongs to running workers."""
         return self.runtime_dir / "workers"
@@ -234,6 +242,20 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "state directory",
         "what a restart picks up again; never the content of a work unit",
         "until `nextgpu service uninstall --purge`",
+        personal=True,
+    ),
+    PathKind(
+        "peer_history_file",
+        "what is remembered of peers",
+        "how many of our units each peer brought back, by day, and how fast; never what ran",
+        "512 peers at most, counts halve each week; `submit.remember_peers = false` keeps none",
+        personal=True,
+    ),
+    PathKind(
+        "jobs_dir",
+        "jobs",
+        "the user's own jobs: manifest, journal, results and checkpoints so far, in plaintext",
+        "until `nextgpu rm`",
         personal=True,
     ),
     PathKind(

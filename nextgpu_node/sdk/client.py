@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
@@ -58,20 +59,29 @@ class Client:
         return peers
 
     @asynccontextmanager
+    async def open_unit_on(
+        self, peer: PeerView, program: Program, needs: Needs | None = None
+    ) -> AsyncIterator[RemoteUnit]:
+        """A unit on `peer`.  Raises Refused, PeerLost, IntegrityError or DaemonUnreachable."""
+        async with open_unit(
+            self._paths.units_socket,
+            peer,
+            needs or Needs(),
+            table_version=program.spec.min_table_version,
+        ) as unit:
+            yield unit
+
+    @asynccontextmanager
     async def open_unit(
         self, program: Program, needs: Needs | None = None
     ) -> AsyncIterator[tuple[PeerView, RemoteUnit]]:
         """A unit on the best peer that takes it; refusals move on to the next one."""
         needs = needs or Needs()
-        oldest_table = program.spec.min_table_version
         refusals: list[str] = []
         async with AsyncExitStack() as stack:
             for peer in await self.find_peers(needs):
-                opening = open_unit(
-                    self._paths.units_socket, peer, needs, table_version=oldest_table
-                )
                 try:
-                    unit = await stack.enter_async_context(opening)
+                    unit = await stack.enter_async_context(self.open_unit_on(peer, program, needs))
                 except (Refused, PeerLost) as exc:
                     refusals.append(str(exc))
                     continue
@@ -98,27 +108,74 @@ class Client:
         Raises NoPeerFound, Refused, PeerLost, JobFailed, OutOfMemory, JobTimeout,
         IntegrityError or DaemonUnreachable.  Leaving early ends the unit.
         """
-        async with self.open_unit(program, needs) as (peer, unit):
-            yield PeerChosen(peer=peer)
-            yield unit.offered()
-            problems: list[Exception] = []
-            async with trio.open_nursery() as nursery:
-                try:
-                    await unit.start(
-                        program,
-                        carry=carry,
-                        return_carry=return_carry,
-                        checkpoint_ms=checkpoint_ms,
-                    )
-                    yield InputSent(sent_bytes=unit.sent_bytes, total_bytes=None)
-                    nursery.start_soon(_send_steps, unit, steps, problems, nursery)
-                    async for event in unit.events():
-                        yield event
-                except NextGPUError as exc:
-                    problems.append(exc)
-                nursery.cancel_scope.cancel()
-            if problems:
-                raise problems[0]
+        start = _Start(program, carry, return_carry, checkpoint_ms)
+        async with (
+            self.open_unit(program, needs) as (peer, unit),
+            _conversation(peer, unit, start, steps) as events,
+        ):
+            async for event in events:
+                yield event
+
+    @trio.as_safe_channel
+    async def run_on(
+        self,
+        peer: PeerView,
+        program: Program,
+        steps: Steps,
+        needs: Needs | None = None,
+        *,
+        carry: Mapping[str, Tensor] | None = None,
+        return_carry: bool = False,
+        checkpoint_ms: int = 0,
+    ) -> AsyncGenerator[UnitEvent, None]:
+        """The same on `peer` and on no other.  Raises as `run`, but NoPeerFound."""
+        start = _Start(program, carry, return_carry, checkpoint_ms)
+        async with (
+            self.open_unit_on(peer, program, needs) as unit,
+            _conversation(peer, unit, start, steps) as events,
+        ):
+            async for event in events:
+                yield event
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a unit begins with."""
+
+    program: Program
+    carry: Mapping[str, Tensor] | None
+    return_carry: bool
+    checkpoint_ms: int
+
+    async def send(self, unit: RemoteUnit) -> None:
+        await unit.start(
+            self.program,
+            carry=self.carry,
+            return_carry=self.return_carry,
+            checkpoint_ms=self.checkpoint_ms,
+        )
+
+
+@trio.as_safe_channel
+async def _conversation(
+    peer: PeerView, unit: RemoteUnit, start: _Start, steps: Steps
+) -> AsyncGenerator[UnitEvent, None]:
+    """Send everything while the events come in."""
+    yield PeerChosen(peer=peer)
+    yield unit.offered()
+    problems: list[Exception] = []
+    async with trio.open_nursery() as nursery:
+        try:
+            await start.send(unit)
+            yield InputSent(sent_bytes=unit.sent_bytes, total_bytes=None)
+            nursery.start_soon(_send_steps, unit, steps, problems, nursery)
+            async for event in unit.events():
+                yield event
+        except NextGPUError as exc:
+            problems.append(exc)
+        nursery.cancel_scope.cancel()
+    if problems:
+        raise problems[0]
 
 
 async def _send_steps(

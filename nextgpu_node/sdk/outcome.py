@@ -61,7 +61,9 @@ _CODE_OF_STATUS = {
 def error_for(code: ErrorCode, detail: str) -> NextGPUError:
     """The error for a code; one that is in no row is a broken seal, signature or protocol."""
     kind = _ERROR_OF_CODE.get(code, IntegrityError)
-    return kind(f"{SENTENCES[code]} ({detail})" if detail else SENTENCES[code])
+    error = kind(f"{SENTENCES[code]} ({detail})" if detail else SENTENCES[code])
+    error.code = code
+    return error
 
 
 def refusal_untrusted(body: bytes) -> NextGPUError:
