@@ -37,6 +37,13 @@ _LASTING: Final = frozenset(
         ErrorCode.NO_SUCH_DEVICE,
         ErrorCode.OLD_TABLE,
         ErrorCode.NOT_YET_VALID,
+        ErrorCode.BAD_TOKEN,
+        ErrorCode.TOKEN_EXPIRED,
+        ErrorCode.TOKEN_SPENT,
+        ErrorCode.TOKEN_REVOKED,
+        ErrorCode.TOKEN_AUDIENCE,
+        ErrorCode.TOKEN_ISSUER,
+        ErrorCode.TOKEN_LIMIT,
     }
 )
 

@@ -9,11 +9,13 @@ from nextgpu_node.errors import DaemonUnreachable, NextGPUError, PeerLost, Usage
 from nextgpu_node.sdk.outcome import error_for, status_error
 from nextgpu_protocol.errors import ErrorCode
 
+_TOKEN = {code.name for code in ErrorCode if "TOKEN" in code.name}
 _REMEDIES = {
     Remedy.WAIT: {"BUSY", "RATE_LIMITED", "INTERNAL", "EXPIRED"},
     Remedy.ELSEWHERE: {
         *("NOT_SHARING", "NOT_ALLOWED", "OVER_LIMIT", "NO_SUCH_DEVICE", "OLD_TABLE"),
         *("SHUTTING_DOWN", "NOT_YET_VALID", "OUT_OF_MEMORY", "TIMED_OUT", "WORKER_CRASHED"),
+        *_TOKEN,
         *("SUBMITTER_LOST", "PEER_UNREACHABLE", "TRUNCATED"),
     },
     Remedy.GIVE_UP: {"BAD_PROGRAM", "UNKNOWN_OPERATOR", "BAD_TENSORS", "STEP_FAILED", "CANCELLED"},
@@ -46,7 +48,8 @@ def test_our_own_daemon_is_no_peers_fault() -> None:
 
 def test_only_lasting_refusals_are_lasting() -> None:
     lasting = {code.name for code in ErrorCode if is_lasting(error_for(code, ""))}
-    assert lasting == {"NOT_ALLOWED", "OVER_LIMIT", "NO_SUCH_DEVICE", "OLD_TABLE", "NOT_YET_VALID"}
+    expected = {"NOT_ALLOWED", "OVER_LIMIT", "NO_SUCH_DEVICE", "OLD_TABLE", "NOT_YET_VALID"}
+    assert lasting == expected | _TOKEN
 
 
 def test_pauses_grow_are_spread_and_end_at_half_a_minute() -> None:
