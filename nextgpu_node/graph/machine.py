@@ -90,16 +90,23 @@ class Machine:
             raise RemoteProtocolError(ErrorCode.BAD_PROGRAM, "graphs.init: the program has none")
         plan = self._plan_once(self._init, self._base()[: len(self.spec.constants)])
         _check_results("init", self.spec.carry, plan.results, {})
-        self._carry = self._run(plan, self._loaded_constants())
+        self._carry = [_own(tensor) for tensor in self._run(plan, [*self._loaded_constants()])]
 
     def step(self, xs: Mapping[str, torch.Tensor]) -> StepOutcome:
-        """One step on `xs`, which holds exactly the program's inputs."""
+        """One step on `xs`, which holds exactly the program's inputs.
+
+        The carry before it is let go as it is read: after a step that failed there is none.
+        """
         if self._max_steps is not None and self._steps >= self._max_steps:
             raise RemoteProtocolError(ErrorCode.OVER_LIMIT, f"more than {self._max_steps} steps")
         binding = SymbolBinding(self._carry_sizes)
         tensors = self._accept(self.spec.xs, xs, binding)
         plan = self._plan(binding.sizes)
-        outputs = self._run(plan, [*self._loaded_constants(), *self._loaded_carry(), *tensors])
+        inputs = [*self._loaded_constants(), *self._loaded_carry(), *tensors]
+        # What is freed inside the run must not live on here.
+        self._carry = None if self.spec.carry else []
+        del tensors
+        outputs = self._run(plan, inputs)
         self._steps += 1
         count = len(self.spec.carry)
         self._carry = [_own(tensor) for tensor in outputs[:count]]
@@ -173,7 +180,8 @@ class Machine:
             return plan
         self._check_ranges(sizes)
         inputs = self._base() + [shape_only(spec, sizes) for spec in self.spec.xs]
-        plan = self._plan_once(self._step, inputs)
+        first = len(self.spec.constants)
+        plan = self._plan_once(self._step, inputs, range(first, first + len(self.spec.carry)))
         _check_results("step", (*self.spec.carry, *self.spec.ys), plan.results, sizes)
         self._plans[key] = plan
         if len(self._plans) > _MAX_PLANS:
@@ -185,12 +193,18 @@ class Machine:
         specs = (*self.spec.constants, *self.spec.carry)
         return [shape_only(spec, self._carry_sizes) for spec in specs]
 
-    def _plan_once(self, graph: LinkedGraph, inputs: Sequence[torch.Tensor]) -> Plan:
+    def _plan_once(
+        self, graph: LinkedGraph, inputs: Sequence[torch.Tensor], owned: range = range(0)
+    ) -> Plan:
         return make_plan_untrusted(
-            graph, inputs, device=self._device, max_live_bytes=self._max_live_bytes
+            graph,
+            inputs,
+            device=self._device,
+            max_live_bytes=self._max_live_bytes,
+            owned=owned,
         )
 
-    def _run(self, plan: Plan, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _run(self, plan: Plan, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         with torch.inference_mode():
             return plan.run(inputs)
 

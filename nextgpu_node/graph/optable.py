@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from nextgpu_node.graph.bounds import CHECKS, WORKSPACE, Check, Workspace
 from nextgpu_protocol.program_limits import TABLE_VERSION as TABLE_VERSION
 
 _aten = torch.ops.aten
@@ -95,6 +96,9 @@ class Row:
     shape_call  stands in for `call` in the run on shapes, where the real one would be slow there
     on_device   the call takes the machine's device
     symbolic    works on sizes, not on tensors
+    checks      refuse arguments before the shape run
+    workspace   the bytes that a call needs beside its arguments and results; None: nothing
+    composed    made of other operators, which may make values of their own
     """
 
     op: str
@@ -105,6 +109,9 @@ class Row:
     shape_call: Callable[..., Any] | None = None
     on_device: bool = False
     symbolic: bool = False
+    checks: tuple[Check, ...] = ()
+    workspace: Workspace | None = None
+    composed: bool = False
     since: int = 1
 
 
@@ -910,6 +917,15 @@ def _index_shape(tensor: torch.Tensor, indices: Sequence[torch.Tensor | None]) -
     return _aten.index.Tensor(tensor, indices)
 
 
+def _covariance_shape(tensor: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+    # The operator compares values on its way, which shapes have none of.
+    if tensor.dim() > 2 or tensor.dtype is torch.bool:
+        raise ValueError("variables and observations are at most two dimensions of numbers")
+    dtype = tensor.dtype if tensor.is_floating_point() or tensor.is_complex() else torch.float32
+    shape = (tensor.shape[0], tensor.shape[0]) if tensor.dim() == 2 else ()
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 _SHAPE_CALLS: dict[OpOverload, Callable[..., Any]] = {
     _aten.add.Tensor: _same_shape_pair(_aten.add.Tensor),
     _aten.sub.Tensor: _same_shape_pair(_aten.sub.Tensor),
@@ -927,6 +943,8 @@ _SHAPE_CALLS: dict[OpOverload, Callable[..., Any]] = {
     _aten.scaled_dot_product_attention.default: _attention_shape,
     _aten.view.default: _view_shape,
     _aten.index.Tensor: _index_shape,
+    _aten.cov.default: _covariance_shape,
+    _aten.corrcoef.default: _covariance_shape,
 }
 
 
@@ -994,6 +1012,14 @@ _SIZES: dict[str, tuple[Callable[..., Any], tuple[str, ...], str]] = {
 # ---------------------------------------------------------------- the table
 
 
+# Numbers that name a mode, under these names in every row.  Kernels do not look at them closely.
+_MODES: dict[str, tuple[int, ...]] = {
+    "reduction": (0, 1, 2),
+    "interpolation_mode": (0, 1, 2),
+    "padding_mode": (0, 1, 2),
+}
+
+
 def _parameters(op: OpOverload, choices: Mapping[str, tuple[Any, ...]]) -> tuple[Parameter, ...]:
     return tuple(_parameter(argument, choices) for argument in op._schema.arguments)
 
@@ -1004,7 +1030,7 @@ def _parameter(argument: Any, choices: Mapping[str, tuple[Any, ...]]) -> Paramet
     kind = _KINDS[type_text[len("Optional[") : -1] if optional else type_text]
     if argument.name in ABSENT_NAMES:
         kind = Kind.ABSENT
-    allowed = choices.get(argument.name)
+    allowed = choices.get(argument.name, _MODES.get(argument.name))
     if kind is Kind.TEXT and allowed is None:
         kind = Kind.ABSENT
     return Parameter(
@@ -1033,6 +1059,9 @@ def _row(
         count=count,
         shape_call=_SHAPE_CALLS.get(op),
         on_device=takes_device and not takes_tensor,
+        checks=CHECKS.get(str(op), ()),
+        workspace=WORKSPACE.get(str(op)),
+        composed=op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd),
     )
 
 

@@ -9,12 +9,15 @@ combination of symbol sizes, so the second step with the same shapes pays nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nextgpu_node.graph.link import Call, LinkedGraph
 from nextgpu_node.graph.optable import Row
@@ -42,16 +45,13 @@ _MEMORY_FORMATS = {
 _NUMBER_TYPES: dict[str, type] = {INT: int, FLOAT: float, BOOL: bool}
 _MAX_INT = 2**63 - 1
 
-# (call number, function, arguments, [(position, value)], [(position, [value or None])], keywords,
-#  [(keyword, value)], value or None, [value or None], values to free)
+# (call number, function, gives its positional arguments from the values, keywords that are values,
+#  the one value that it makes, or the values that its results become, values to free)
 _Instruction = tuple[
     int,
     Callable[..., Any],
-    list[Any],
-    tuple[tuple[int, int], ...],
-    tuple[tuple[int, tuple[int | None, ...]], ...],
-    dict[str, Any],
-    tuple[tuple[str, int], ...],
+    Callable[[list[Any]], Sequence[Any]],
+    tuple[tuple[str, int], ...] | None,
     int | None,
     tuple[int | None, ...],
     tuple[int, ...],
@@ -62,54 +62,51 @@ _Instruction = tuple[
 class Plan:
     """What to run for one combination of sizes.
 
-    peak_bytes  the most that inputs, values and results take together at any moment
+    slots       the values before a run: literals that calls take, after the graph's own values
+    peak_bytes  the most that inputs, values, results and workspace take together at any moment
     results     the shape and dtype of each output of the graph
     """
 
     graph: LinkedGraph
     instructions: tuple[_Instruction, ...]
+    slots: tuple[Any, ...]
     peak_bytes: int
     results: tuple[torch.Tensor, ...]
 
-    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs for `inputs`, which match the shapes the plan was made for.
 
+        `inputs` is emptied, so that an input that nobody else holds is freed after its last reader.
         Raises RemoteProtocolError: STEP_FAILED or OUT_OF_MEMORY, naming the node, never a value.
         """
-        values: list[Any] = [None] * self.graph.values
+        values = list(self.slots)
         values[: len(inputs)] = inputs
+        inputs.clear()
         number = 0
+        result: Any = None
         try:
             for (
                 number,  # noqa: B007  the handler below reads it
                 function,
-                template,
-                patches,
-                lists,
+                arguments,
                 keywords,
-                tensor_keywords,
                 output,
                 outputs,
                 frees,
             ) in self.instructions:
-                arguments = template[:]
-                for position, value in patches:
-                    arguments[position] = values[value]
-                for position, items in lists:
-                    arguments[position] = [None if at is None else values[at] for at in items]
-                if tensor_keywords:
-                    given = {key: values[at] for key, at in tensor_keywords}
-                    result = function(*arguments, **keywords, **given)
-                elif keywords:
-                    result = function(*arguments, **keywords)
+                if keywords is None:
+                    result = function(*arguments(values))
                 else:
-                    result = function(*arguments)
+                    named = {name: values[value] for name, value in keywords}
+                    result = function(*arguments(values), **named)
                 if output is not None:
                     values[output] = result
                 else:
                     _spread(values, outputs, result)
                 for value in frees:
                     values[value] = None
+                # Else the last result would outlive its last reader by one call.
+                result = None
         except Exception as exc:
             _kernel_failed(self.graph.calls[number], exc)
         return [values[value] for value in self.graph.outputs]
@@ -136,14 +133,15 @@ def make_plan_untrusted(
     *,
     device: torch.device,
     max_live_bytes: int,
+    owned: range = range(0),
 ) -> Plan:
     """Plan `graph` for inputs shaped like `inputs` (tensors on the meta device).
 
+    `owned`: the inputs that are the caller's alone and so die with their last reader.
     Raises RemoteProtocolError: BAD_PROGRAM where shapes or dtypes do not fit together, OVER_LIMIT
     where more than `max_live_bytes` would be alive at once; both name the node.
     """
-    planner = _Planner(graph, inputs, device, max_live_bytes)
-    return planner.plan()
+    return _Planner(graph, inputs, device, max_live_bytes, owned).plan()
 
 
 class _Planner:
@@ -153,44 +151,62 @@ class _Planner:
         inputs: Sequence[torch.Tensor],
         device: torch.device,
         max_live_bytes: int,
+        owned: range,
     ) -> None:
         self._graph = graph
         self._device = device
+        self._owned = owned
         self._ledger = _Ledger(max_live_bytes)
         self._values: list[Any] = [None] * graph.values
         self._values[: len(inputs)] = inputs
         self._instructions: list[_Instruction] = []
         self._pending_frees: list[int] = []
+        self._literals: list[Any] = []
 
     def plan(self) -> Plan:
         for tensor in self._values[: self._graph.inputs]:
-            # Inputs belong to the caller, so freeing a value does not free them.
             self._ledger.take("inputs", tensor)
         with torch.inference_mode():
             for number, call in enumerate(self._graph.calls):
                 self._plan_call(number, call)
         results = tuple(self._values[value] for value in self._graph.outputs)
-        return Plan(self._graph, tuple(self._instructions), self._ledger.peak_bytes, results)
+        self._ledger.check("outputs", sum(_copy_bytes(tensor) for tensor in results))
+        slots = (*([None] * self._graph.values), *self._literals)
+        peak_bytes = self._ledger.peak_bytes
+        return Plan(self._graph, tuple(self._instructions), slots, peak_bytes, results)
 
     def _plan_call(self, number: int, call: Call) -> None:
         args = [self._resolve(argument) for argument in call.args]
         kwargs = {name: self._resolve(argument) for name, argument in call.kwargs}
-        self._check_count(call, args, kwargs)
-        result = self._shape_run(call, args, kwargs)
+        self._check_arguments(call, args, kwargs)
         if call.row.symbolic:
-            self._values[call.outputs[0] or 0] = _check_number(call, result)
-            if call.outputs[0] is None:
-                raise AssertionError("link refuses an unused number")
-            self._pending_frees += call.frees
+            self._keep_number(call, self._shape_run(call, args, kwargs))
         else:
-            for value, item in zip(call.outputs, self._check_results(call, result), strict=True):
-                if value is not None:
-                    self._values[value] = item
+            results, inner_bytes = self._results(call, args, kwargs)
+            self._keep_results(call, results)
+            self._check_workspace(call, args, kwargs, results, inner_bytes)
             self._instructions.append(self._instruction(number, call, args, kwargs))
         for value in call.frees:
-            if value >= self._graph.inputs:
+            if self._may_free(value):
                 self._ledger.give_back(self._values[value])
             self._values[value] = None
+
+    def _keep_number(self, call: Call, result: Any) -> None:
+        if call.outputs[0] is None:
+            raise AssertionError("link refuses an unused number")
+        self._values[call.outputs[0]] = _check_number(call, result)
+        self._pending_frees += call.frees
+
+    def _keep_results(self, call: Call, results: Sequence[Any]) -> None:
+        for value, item in zip(call.outputs, results, strict=True):
+            if value is not None:
+                self._values[value] = item
+            elif type(item) is torch.Tensor:
+                # Unused outputs die with the call, but the call makes them.
+                self._ledger.give_back(item)
+
+    def _may_free(self, value: int) -> bool:
+        return value >= self._graph.inputs or value in self._owned
 
     def _resolve(self, argument: Argument) -> Any:
         match argument:
@@ -205,15 +221,45 @@ class _Planner:
             case _:
                 return argument
 
-    def _check_count(self, call: Call, args: list[Any], kwargs: dict[str, Any]) -> None:
-        if call.row.count is None:
+    def _check_arguments(self, call: Call, args: list[Any], kwargs: dict[str, Any]) -> None:
+        row = call.row
+        if row.count is None and not row.checks:
             return
         try:
-            count = call.row.count(*args, **kwargs)
-        except (TypeError, IndexError, ZeroDivisionError) as exc:
+            for check in row.checks:
+                check(_by_name(row, args, kwargs))
+            count = None if row.count is None else row.count(*args, **kwargs)
+        except ValueError as exc:
+            _bad(call, str(exc))
+        except Exception as exc:
             _bad(call, type(exc).__name__)
-        if count != len(call.outputs):
+        if count is not None and count != len(call.outputs):
             _bad(call, f"{len(call.outputs)} outputs are declared, {count} would come")
+
+    def _results(
+        self, call: Call, args: list[Any], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], int]:
+        """The results on shapes alone, and the bytes of what the call makes on the way there."""
+        if not call.row.composed or call.row.workspace or call.row.shape_call:
+            return self._check_results(call, self._shape_run(call, args, kwargs)), 0
+        with _Composed() as composed:
+            results = self._check_results(call, self._shape_run(call, args, kwargs))
+        return results, composed.bytes_beside(results, args, list(kwargs.values()))
+
+    def _check_workspace(
+        self,
+        call: Call,
+        args: list[Any],
+        kwargs: dict[str, Any],
+        results: Sequence[Any],
+        inner_bytes: int,
+    ) -> None:
+        if call.row.workspace is not None:
+            try:
+                inner_bytes = call.row.workspace(_by_name(call.row, args, kwargs), results)
+            except Exception as exc:
+                _bad(call, type(exc).__name__)
+        self._ledger.check(call.where, inner_bytes)
 
     def _shape_run(self, call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if call.row.on_device:
@@ -230,14 +276,10 @@ class _Planner:
         if len(results) != len(call.outputs):
             _bad(call, f"{len(call.outputs)} outputs are declared, {len(results)} would come")
         for tensor, kind in zip(results, call.kinds, strict=True):
-            if kind != UNUSED and type(tensor) is not torch.Tensor:
-                _bad(call, "an output is not a tensor")
             if type(tensor) is torch.Tensor:
                 self._check_tensor(call, tensor)
-        for tensor, kind in zip(results, call.kinds, strict=True):
-            # Unused outputs die with the call, but the call makes them.
-            if kind == UNUSED and type(tensor) is torch.Tensor:
-                self._ledger.give_back(tensor)
+            elif kind != UNUSED:
+                _bad(call, "an output is not a tensor")
         return results
 
     def _check_tensor(self, call: Call, tensor: torch.Tensor) -> None:
@@ -250,42 +292,86 @@ class _Planner:
     def _instruction(
         self, number: int, call: Call, args: list[Any], kwargs: dict[str, Any]
     ) -> _Instruction:
-        patches, lists = [], []
-        for position, (argument, value) in enumerate(zip(call.args, args, strict=True)):
-            if isinstance(value, torch.Tensor):
-                patches.append((position, _index(argument)))
-                args[position] = None
-            elif _holds_tensors(value):
-                lists.append((position, _indices(argument)))
-                args[position] = None
-        tensor_keywords = []
+        literals, tensors = {}, []
         for name, argument in call.kwargs:
             if isinstance(kwargs[name], torch.Tensor):
-                tensor_keywords.append((name, _index(argument)))
-                del kwargs[name]
+                tensors.append((name, _index(argument)))
             elif _holds_tensors(kwargs[name]):
                 _bad(call, f"{name} takes tensors by position only")
+            else:
+                literals[name] = kwargs[name]
         if call.row.on_device:
-            kwargs["device"] = self._device
+            literals["device"] = self._device
+        function = _function(call.row)
         single = call.row.returns == "t"
         return (
             number,
-            _function(call.row),
-            args,
-            tuple(patches),
-            tuple(lists),
-            kwargs,
-            tuple(tensor_keywords),
+            partial(function, **literals) if literals else function,
+            self._arguments(call, args),
+            tuple(tensors) or None,
             call.outputs[0] if single else None,
             () if single else call.outputs,
             self._take_frees(call),
         )
 
+    def _arguments(self, call: Call, args: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
+        """What takes the call's positional arguments out of the values, in one step if possible."""
+        if any(_holds_tensors(value) for value in args):
+            return _list_getter([self._place(*pair) for pair in zip(call.args, args, strict=True)])
+        slots = [self._slot(*pair) for pair in zip(call.args, args, strict=True)]
+        match slots:
+            case []:
+                return _no_arguments
+            case [slot]:
+                return _single_getter(slot)
+            case _:
+                return itemgetter(*slots)
+
+    def _place(self, argument: Argument, value: Any) -> int | list[int]:
+        """A slot, or for a list of tensors the slot of each."""
+        if not _holds_tensors(value):
+            return self._slot(argument, value)
+        assert isinstance(argument, tuple)
+        return [self._slot(one, item) for one, item in zip(argument, value, strict=True)]
+
+    def _slot(self, argument: Argument, value: Any) -> int:
+        """Where a run finds this argument: a tensor's own slot, or a new one for a literal."""
+        if isinstance(value, torch.Tensor):
+            return _index(argument)
+        self._literals.append(value)
+        return self._graph.values + len(self._literals) - 1
+
     def _take_frees(self, call: Call) -> tuple[int, ...]:
         """The tensors to free after `call`, with those of the size calls just before it."""
         frees = (*self._pending_frees, *call.frees)
         self._pending_frees = []
-        return tuple(value for value in frees if self._graph.inputs <= value)
+        return tuple(value for value in frees if self._may_free(value))
+
+
+class _Composed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the operators that an operator is composed of, and the memory that they would take."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # They live as long as this, so that no address occurs twice.
+        self._made: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **(kwargs or {}))
+        items = result if isinstance(result, (tuple, list)) else (result,)
+        self._made += [item for item in items if isinstance(item, torch.Tensor)]
+        return result
+
+    def bytes_beside(self, *known: Any) -> int:
+        """All that was made and is no part of `known`: the call's arguments and results."""
+        left_out = {one.untyped_storage()._cdata for one in _tensors_in(known)}
+        made = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in self._made}
+        return sum(size for storage, size in made.items() if storage not in left_out)
 
 
 class _Ledger:
@@ -305,10 +391,18 @@ class _Ledger:
         self._live[storage._cdata] = (readers + 1, size)
         if not readers:
             self._bytes += size
-        if max(self._bytes, logical) > self._max:
-            detail = f"{where}: {max(self._bytes, logical)} bytes, the limit is {self._max}"
-            raise RemoteProtocolError(ErrorCode.OVER_LIMIT, detail)
+        self._check(where, max(self._bytes, logical))
         self.peak_bytes = max(self.peak_bytes, self._bytes)
+
+    def check(self, where: str, more_bytes: int) -> None:
+        """Room for `more_bytes` for a moment, beside all that is alive."""
+        self._check(where, self._bytes + more_bytes)
+        self.peak_bytes = max(self.peak_bytes, self._bytes + more_bytes)
+
+    def _check(self, where: str, wanted: int) -> None:
+        if wanted > self._max:
+            detail = f"{where}: {wanted} bytes, the limit is {self._max}"
+            raise RemoteProtocolError(ErrorCode.OVER_LIMIT, detail)
 
     def give_back(self, tensor: object) -> None:
         if not isinstance(tensor, torch.Tensor):
@@ -345,9 +439,43 @@ def _index(argument: Argument) -> int:
     return argument.index
 
 
-def _indices(argument: Argument) -> tuple[int | None, ...]:
-    assert isinstance(argument, tuple)
-    return tuple(None if item is None else _index(item) for item in argument)
+def _by_name(row: Row, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = (parameter.name for parameter in row.parameters)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors_in(value)
+
+
+def _copy_bytes(tensor: torch.Tensor) -> int:
+    """What a contiguous copy of a result takes, where its storage is not its own alone."""
+    logical = math.prod(tensor.shape) * tensor.element_size()
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == logical
+    return 0 if whole else logical
+
+
+def _no_arguments(values: list[Any]) -> Sequence[Any]:
+    return ()
+
+
+def _single_getter(slot: int) -> Callable[[list[Any]], Sequence[Any]]:
+    # A slice: itemgetter of one index would give the item itself.
+    return itemgetter(slice(slot, slot + 1))
+
+
+def _list_getter(places: list[int | list[int]]) -> Callable[[list[Any]], Sequence[Any]]:
+    def arguments(values: list[Any]) -> Sequence[Any]:
+        return [
+            values[place] if isinstance(place, int) else [values[slot] for slot in place]
+            for place in places
+        ]
+
+    return arguments
 
 
 def _check_number(call: Call, result: Any) -> Any:

@@ -11,6 +11,7 @@ from nextgpu_node.graph.tensors import encode_tensors
 from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.messages import Refusal
 from nextgpu_protocol.records import Piece, RecordKind, RecordWriter, UnitSummary
+from tests.fuzz import program_seeds
 from tests.fuzz.codec import CODEC_TYPES
 from tests.fuzz.stream import END, FINAL, SEAL
 from tests.protocol.vectors import TYPES, Vector, load_vectors
@@ -22,6 +23,10 @@ def seeds(name: str) -> list[bytes]:
         "codec": _codec,
         "framing": _framing,
         "stream": _stream,
+        "program": program_seeds.programs,
+        "plan": program_seeds.programs,
+        "run": program_seeds.programs,
+        "tensors": program_seeds.images,
     }
     maker = makers.get(name)
     return list(maker()) if maker else []

@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.fuzz.codec import codec
 from tests.fuzz.framing import framing
+from tests.fuzz.programs import change_values, plan, program, run, tensors
 from tests.fuzz.stream import stream
 
 Target = Callable[[bytes], Any]
@@ -23,4 +24,15 @@ TARGETS: dict[str, Target] = {
     "codec": codec,
     "framing": framing,
     "stream": stream,
+    "program": program,
+    "plan": plan,
+    "run": run,
+    "tensors": tensors,
+}
+
+# Targets whose inputs are msgpack: most changes are to whole values, so that they stay msgpack.
+CHANGES: dict[str, Callable[[bytes, int], bytes | None]] = {
+    "program": change_values,
+    "plan": change_values,
+    "run": change_values,
 }
