@@ -121,6 +121,53 @@ class CancelReply(msgspec.Struct, frozen=True, kw_only=True):
     cancelled: bool
 
 
+class InviteRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/invites: the token that is wanted.  `audience` is a peer ID, or empty."""
+
+    gpu_seconds: int
+    expires_s: int
+    memory_bytes: int
+    kinds: list[str] = []
+    audience: str = ""
+
+
+class InviteView(msgspec.Struct, frozen=True, kw_only=True):
+    """A token that this node has issued: what it allows and what was spent, never its text."""
+
+    id: str
+    gpu_seconds: int
+    spent_s: float
+    reserved_s: float
+    memory_bytes: int
+    kinds: list[str]
+    audience: str
+    issued_at_ms: int
+    expires_at_ms: int
+    revoked: bool
+
+
+class InviteReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The reply to POST /v1/invites, the one place where the token itself appears."""
+
+    schema: int = SCHEMA
+    invite: InviteView
+    token: str
+
+
+class InvitesReply(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/invites"""
+
+    schema: int = SCHEMA
+    invites: list[InviteView]
+
+
+class RevokeReply(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /v1/invites/{id}/revoke"""
+
+    schema: int = SCHEMA
+    invite: InviteView
+
+
 class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
     """Any reply with status >= 400.  `exit_code` is what the command line should end with."""
 
@@ -141,3 +188,9 @@ class Backend(Protocol):
     async def cancel_unit(self, unit_id: str) -> bool: ...
 
     def set_sharing(self, enabled: bool) -> SharingView: ...
+
+    async def issue_token(self, wanted: InviteRequest) -> InviteReply: ...
+
+    def issued_tokens(self) -> InvitesReply: ...
+
+    async def revoke_token(self, id_text: str) -> RevokeReply: ...

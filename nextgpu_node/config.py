@@ -267,6 +267,9 @@ class SharingConfig:
     device: str = _setting("auto", Text('"auto", "cpu" or "cuda:N"', _is_device))
     allow: tuple[str, ...] = _setting((), _PEER_IDS)
     deny: tuple[str, ...] = _setting((), _PEER_IDS)
+    serve: Literal["allow", "tokens", "everyone"] = _setting(
+        "allow", Choice(("allow", "tokens", "everyone"))
+    )
     minimum_isolation: Literal["A", "C"] = _setting("A", Choice(("A", "C")))
     max_concurrent_units: int = _setting(1, Whole(1, 64))
     max_unit_seconds: int = _setting(600, _UNIT_SECONDS)

@@ -36,6 +36,10 @@ class IdentityError(NextGPUError):
     exit_code = 2
 
 
+class StoreError(NextGPUError):
+    """The node's own records can not be read or written."""
+
+
 class DaemonUnreachable(NextGPUError):
     """No nextgpud answers here. Start it with `nextgpu up`."""
 

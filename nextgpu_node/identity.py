@@ -18,7 +18,10 @@ from nacl.signing import SigningKey
 
 from nextgpu_node.errors import ConfigError, IdentityError
 from nextgpu_node.paths import Paths, ensure_private_dir
+from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.ids import PeerId, peer_id_from_public_key
+from nextgpu_protocol.messages import Successions
+from nextgpu_protocol.succession import predecessors_untrusted
 
 SEED_BYTES = 32
 
@@ -42,12 +45,16 @@ class Identity:
     `nextgpu_protocol.envelope`'s, which takes `signing_key` and one domain per purpose.
     """
 
-    __slots__ = ("peer_id", "public_key", "signing_key")
+    __slots__ = ("former_keys", "peer_id", "public_key", "signing_key", "successions")
 
-    def __init__(self, signing_key: SecretKey) -> None:
+    def __init__(self, signing_key: SecretKey, successions: Successions | None = None) -> None:
+        """Raises RemoteProtocolError where `successions` do not lead to this key."""
         self.signing_key = signing_key
         self.public_key = bytes(signing_key.verify_key)
         self.peer_id: PeerId = peer_id_from_public_key(self.public_key)
+        # What others are shown, and the keys that it proves: oldest first.
+        self.successions = encode_message(successions or Successions(()))
+        self.former_keys = predecessors_untrusted(self.successions, self.public_key)
 
     def __repr__(self) -> str:
         return f"Identity({self.peer_id}, SecretKey(..))"

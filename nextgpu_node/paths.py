@@ -93,6 +93,14 @@ class Paths:
         return self.data_dir / "identity.key"
 
     @property
+    def successions_file(self) -> Path:
+        return self.data_dir / "successions"
+
+    @property
+    def tokens_file(self) -> Path:
+        return self.state_dir / "tokens.sqlite3"
+
+    @property
     def api_socket(self) -> Path:
         return self.runtime_dir / "api.sock"
 
@@ -238,6 +246,13 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         personal=True,
     ),
     PathKind(
+        "successions_file",
+        "key successions",
+        "signed statements that this node's key took the place of an earlier one; shown to peers",
+        "until it is deleted; peers then no longer know who this node was",
+        personal=True,
+    ),
+    PathKind(
         "state_dir",
         "state directory",
         "what a restart picks up again; never the content of a work unit",
@@ -256,6 +271,14 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "jobs",
         "the user's own jobs: manifest, journal, results and checkpoints so far, in plaintext",
         "until `nextgpu rm`",
+        personal=True,
+    ),
+    PathKind(
+        "tokens_file",
+        "record of tokens",
+        "ids of the tokens that this node issued, what each allows and what was spent of it; "
+        "never a token itself, nor what it was used for",
+        "a token's line until 30 days after it expires",
         personal=True,
     ),
     PathKind(

@@ -38,6 +38,7 @@ from nextgpu_node.api_types import (
     Backend,
     CancelReply,
     ErrorReply,
+    InviteRequest,
     PeerNeed,
     ShareRequest,
     SharingReply,
@@ -52,6 +53,7 @@ HOST: Final = "nextgpu"
 MAX_BODY_BYTES: Final = 64 * 1024
 MAX_PEERS: Final = 200
 MAX_UNIT_ID_CHARS: Final = 64
+MAX_INVITE_S: Final = 10 * 366 * 86_400
 # A search of the DHT visits a handful of slow peers; after this the caller should try again.
 REQUEST_DEADLINE_S: Final = 60
 # One person's command line and dashboard; a runaway script waits instead of starting searches.
@@ -120,6 +122,9 @@ def _build_app(backend: Backend) -> _Guard:
         Route("/v1/peers", endpoints.peers, methods=["GET"]),
         Route("/v1/units", endpoints.units, methods=["GET"]),
         Route("/v1/units/{unit_id}/cancel", endpoints.cancel_unit, methods=["POST"]),
+        Route("/v1/invites", endpoints.invites, methods=["GET"]),
+        Route("/v1/invites", endpoints.invite, methods=["POST"]),
+        Route("/v1/invites/{token_id}/revoke", endpoints.revoke, methods=["POST"]),
         Route("/v1/sharing", endpoints.set_sharing, methods=["PUT"]),
     ]
     handlers: dict[type[Exception], HTTPExceptionHandler] = {
@@ -152,6 +157,24 @@ class _Endpoints:
         if len(unit_id) > MAX_UNIT_ID_CHARS or not unit_id.isalnum():
             raise UsageError("That is not the id of a unit; `nextgpu units` lists them.")
         return _reply(CancelReply(cancelled=await self._backend.cancel_unit(unit_id)))
+
+    async def invites(self, request: Request) -> Response:
+        return _reply(self._backend.issued_tokens())
+
+    async def invite(self, request: Request) -> Response:
+        wanted = await _body_untrusted(request, InviteRequest)
+        # JSON has negative numbers, the protocol has none; the rest of the bounds are its own.
+        if min(wanted.gpu_seconds, wanted.expires_s, wanted.memory_bytes) < 1:
+            raise UsageError("gpu_seconds, expires_s and memory_bytes are whole numbers from 1 on.")
+        if wanted.expires_s > MAX_INVITE_S:
+            raise UsageError(f"expires_s is at most {MAX_INVITE_S}: ten years.")
+        return _reply(await self._backend.issue_token(wanted))
+
+    async def revoke(self, request: Request) -> Response:
+        token_id = request.path_params["token_id"]
+        if len(token_id) > MAX_UNIT_ID_CHARS or not token_id.isalnum():
+            raise UsageError("That is not the id of a token; `nextgpu invites` lists them.")
+        return _reply(await self._backend.revoke_token(token_id))
 
     async def set_sharing(self, request: Request) -> Response:
         wanted = await _body_untrusted(request, ShareRequest)

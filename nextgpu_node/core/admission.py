@@ -7,11 +7,11 @@ stranger more than needed: a submitter that is not served does not learn the loa
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nextgpu_protocol.envelope import Signed
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
-from nextgpu_protocol.ids import PeerId, PeerKey
+from nextgpu_protocol.ids import PeerId, PeerKey, peer_id_from_public_key
 from nextgpu_protocol.limits import MAX_CLOCK_SKEW_MS
 from nextgpu_protocol.messages import (
     DeviceInfo,
@@ -19,6 +19,7 @@ from nextgpu_protocol.messages import (
     check_suite_untrusted,
     check_window_untrusted,
 )
+from nextgpu_protocol.tokens import TokenChain, check_within_token_untrusted
 
 _MINUTE_MS = 60_000
 _MAX_TRACKED_PEERS = 4096
@@ -27,7 +28,11 @@ _MAX_REMEMBERED_REQUESTS = 16_384
 
 @dataclass(frozen=True, slots=True)
 class OwnerPolicy:
-    """What the owner allows.  Empty `allow` means everyone who is not in `deny`."""
+    """What the owner allows.
+
+    `serve`: "allow" is the peers in `allow`, or everyone where it is empty; "tokens" is those in
+    `allow` and whoever brings a token of this node; "everyone" is what it says.  `deny` wins.
+    """
 
     sharing: bool
     reason: str  # why not, in one line
@@ -40,6 +45,7 @@ class OwnerPolicy:
     requests_per_minute: int
     allow: frozenset[PeerId] = frozenset()
     deny: frozenset[PeerId] = frozenset()
+    serve: str = "allow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +53,30 @@ class Grant:
     """The limits a unit runs under: the request's, within the owner's.
 
     Memory is the owner's limit even where less was asked for: workers are confined before they
-    know their unit, which is what makes them quick.
+    know their unit, which is what makes them quick.  A token that allows less holds: its unit gets
+    a worker of its own size.
     """
 
     memory_bytes: int
     max_seconds: int
     input_bytes: int
     output_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submitter:
+    """Who asks: the key that signed, and those that it verifiably had before."""
+
+    key: PeerKey
+    former_keys: frozenset[PeerKey] = frozenset()
+
+    @property
+    def keys(self) -> frozenset[PeerKey]:
+        return self.former_keys | {self.key}
+
+    @property
+    def ids(self) -> frozenset[PeerId]:
+        return frozenset(map(peer_id_from_public_key, self.keys))
 
 
 class ReplayCache:
@@ -101,17 +124,39 @@ class RateLimiter:
             self._seen_ms.popitem(last=False)
 
 
+def check_not_denied(names: Submitter, policy: OwnerPolicy) -> None:
+    """Before anything else of a submitter is looked at, its token too."""
+    if names.ids & policy.deny:
+        raise RemoteProtocolError(ErrorCode.NOT_ALLOWED)
+
+
 def check_policy(
-    request: Signed[UnitRequest], policy: OwnerPolicy, *, table_version: int, used_slots: int
+    request: Signed[UnitRequest],
+    policy: OwnerPolicy,
+    *,
+    table_version: int,
+    used_slots: int,
+    names: Submitter | None = None,
+    token: TokenChain | None = None,
 ) -> Grant:
-    """The grant, or RemoteProtocolError with the code that the submitter is told."""
-    _check_submitter(request.signer_id, policy)
+    """The grant, or RemoteProtocolError with the code that the submitter is told.
+
+    `token` is the request's own, verified, or None.
+    """
+    names = names or Submitter(request.signer)
+    check_not_denied(names, policy)
+    if not _is_served(names, policy, has_token=token is not None):
+        raise RemoteProtocolError(ErrorCode.NOT_ALLOWED)
     if not policy.sharing:
         raise RemoteProtocolError(ErrorCode.NOT_SHARING, policy.reason)
     _check_device(request.message, policy)
     if request.message.table_version > table_version:
         raise RemoteProtocolError(ErrorCode.OLD_TABLE, f"this node has version {table_version}")
     grant = _grant(request.message, policy)
+    if token is not None:
+        check_within_token_untrusted(token, request.message)
+        memory_bytes = min(grant.memory_bytes, token.allows.memory_bytes)
+        grant = replace(grant, memory_bytes=memory_bytes)
     if used_slots >= policy.max_concurrent_units:
         raise RemoteProtocolError(ErrorCode.BUSY)
     return grant
@@ -131,9 +176,15 @@ def check_freshness(
     seen.check_and_add(request.hash, forget_at_ms=forget_at_ms, now_ms=now_ms)
 
 
-def _check_submitter(submitter: PeerId, policy: OwnerPolicy) -> None:
-    if submitter in policy.deny or (policy.allow and submitter not in policy.allow):
-        raise RemoteProtocolError(ErrorCode.NOT_ALLOWED)
+def _is_served(names: Submitter, policy: OwnerPolicy, *, has_token: bool) -> bool:
+    listed = bool(names.ids & policy.allow)
+    match policy.serve:
+        case "everyone":
+            return True
+        case "tokens":
+            return listed or has_token
+        case _:
+            return listed or not policy.allow
 
 
 def _check_device(request: UnitRequest, policy: OwnerPolicy) -> None:

@@ -2,7 +2,8 @@
 
     UnitRequested ─► [SpawnWorker]            WorkerReady ─► [SendOffer]
     HeaderReceived ─► [StartUnit]             OutputEnded ─► [AwaitExit]
-    WorkerEnded ─► [WipeWorker]               Wiped ─► [SendReceipt]
+      under a token ─► [SaveReservation], then ReservationSaved ─► [StartUnit]
+    WorkerEnded ─► [WipeWorker]               Wiped ─► [SendReceipt], under a token [Settle] first
     anything that goes wrong ─► [KillWorker(status)] or [Refuse(code)]
 
 The driver in `daemon/lending.py` performs the effects; each ends as one event back to `handle`.
@@ -20,9 +21,12 @@ from nextgpu_node.core.admission import (
     OwnerPolicy,
     RateLimiter,
     ReplayCache,
+    Submitter,
     check_freshness,
+    check_not_denied,
     check_policy,
 )
+from nextgpu_node.core.tokens import Reservation, TokenBook
 from nextgpu_protocol.envelope import Signed
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.ids import PeerKey
@@ -32,6 +36,12 @@ from nextgpu_protocol.messages import (
     UnitRequest,
     check_suite_untrusted,
     check_window_untrusted,
+)
+from nextgpu_protocol.tokens import (
+    TokenChain,
+    check_audience_untrusted,
+    check_token_untrusted,
+    open_token_untrusted,
 )
 
 SessionId = int  # names one peer stream inside this daemon
@@ -55,6 +65,7 @@ class UnitState(Enum):
 class UnitRequested:
     session: SessionId
     request: Signed[UnitRequest]
+    former_keys: frozenset[PeerKey] = frozenset()  # that the signer verifiably had before
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,13 @@ class OfferSent:
 class HeaderReceived:
     session: SessionId
     header: Signed[UnitHeader]
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationSaved:
+    """The token's account is on disk: the unit may start."""
+
+    session: SessionId
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +124,7 @@ class WorkerEnded:
 @dataclass(frozen=True, slots=True)
 class Wiped:
     session: SessionId
+    wall_ms: int = 0  # what the receipt will say
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +140,7 @@ Event = (
     | WorkerFailedToStart
     | OfferSent
     | HeaderReceived
+    | ReservationSaved
     | OutputEnded
     | UnitStopped
     | WorkerEnded
@@ -153,6 +173,21 @@ class SendOffer:
 
     request: Signed[UnitRequest]
     grant: Grant
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReservation:
+    """Put what is set aside on disk -> ReservationSaved, or UnitStopped."""
+
+    reservation: Reservation
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Put what was spent on disk in place of the reservation."""
+
+    reservation: Reservation
+    charged_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +224,16 @@ class Discard:
 
 
 Effect = (
-    Refuse | SpawnWorker | SendOffer | StartUnit | AwaitExit | WipeWorker | SendReceipt | Discard
+    Refuse
+    | SpawnWorker
+    | SendOffer
+    | SaveReservation
+    | StartUnit
+    | AwaitExit
+    | WipeWorker
+    | Settle
+    | SendReceipt
+    | Discard
 )
 
 
@@ -197,16 +241,29 @@ Effect = (
 class _Unit:
     request: Signed[UnitRequest]
     grant: Grant
+    reservation: Reservation | None = None
     state: UnitState = UnitState.STARTING
     offer: Signed[Offer] | None = None
+    header: Signed[UnitHeader] | None = None
+    saved: bool = False  # the reservation is on disk
     status: str = ""
 
 
 class Lending:
     """Every unit that is lent now, and the admission state around them."""
 
-    def __init__(self, own_key: PeerKey, policy: OwnerPolicy, *, table_version: int) -> None:
+    def __init__(
+        self,
+        own_key: PeerKey,
+        policy: OwnerPolicy,
+        *,
+        table_version: int,
+        tokens: TokenBook | None = None,
+        own_former_keys: frozenset[PeerKey] = frozenset(),
+    ) -> None:
         self._own_key = own_key
+        self._issuers = own_former_keys | {own_key}
+        self.tokens = tokens or TokenBook()
         self.table_version = table_version
         self._units: dict[SessionId, _Unit] = {}
         self._seen = ReplayCache()
@@ -235,6 +292,8 @@ class Lending:
                 return self._offer_sent(event)
             case HeaderReceived():
                 return self._header_received(event, now_ms)
+            case ReservationSaved():
+                return self._reservation_saved(event.session)
             case OutputEnded():
                 return self._move(event.session, UnitState.RUNNING, UnitState.ENDING, AwaitExit())
             case UnitStopped():
@@ -242,10 +301,9 @@ class Lending:
             case WorkerEnded():
                 return self._worker_ended(event)
             case Wiped():
-                return self._wiped(event.session)
+                return self._wiped(event)
             case SessionOver():
-                self._units.pop(event.session, None)
-                return []
+                return self._over(event.session)
             case _:
                 assert_never(event)
 
@@ -253,16 +311,53 @@ class Lending:
         try:
             check_freshness(event.request, self._own_key, self._seen, now_ms=now_ms)
             self._rate.check(event.request.signer, now_ms=now_ms)
-            grant = check_policy(
-                event.request,
-                self.policy,
-                table_version=self.table_version,
-                used_slots=self.used_slots,
-            )
+            unit = self._admit(event.request, event.former_keys, now_ms)
         except RemoteProtocolError as exc:
             return [Refuse(exc.code, exc.detail)]
-        self._units[event.session] = _Unit(event.request, grant)
-        return [SpawnWorker(grant)]
+        self._units[event.session] = unit
+        return [SpawnWorker(unit.grant)]
+
+    def _admit(
+        self, request: Signed[UnitRequest], former_keys: frozenset[PeerKey], now_ms: int
+    ) -> _Unit:
+        names = Submitter(request.signer, former_keys)
+        check_not_denied(names, self.policy)
+        token = self._open_token_untrusted(request, names, now_ms)
+        grant = check_policy(
+            request,
+            self.policy,
+            table_version=self.table_version,
+            used_slots=self.used_slots,
+            names=names,
+            token=token,
+        )
+        if token is None:
+            return _Unit(request, grant)
+        # Last of all: nothing is set aside for a request that is refused for another reason.
+        reservation = self.tokens.reserve(token, request.hash, request.message.max_seconds)
+        return _Unit(request, grant, reservation)
+
+    def _open_token_untrusted(
+        self, request: Signed[UnitRequest], names: Submitter, now_ms: int
+    ) -> TokenChain | None:
+        message = request.message
+        if not message.token:
+            return None
+        chain = open_token_untrusted(
+            message.token, submitter_key=request.signer, request_nonce=message.nonce
+        )
+        check_token_untrusted(chain, issuers=self._issuers, now_ms=now_ms)
+        self.tokens.check_known(chain)
+        check_audience_untrusted(chain, names.keys)
+        return chain
+
+    def sessions_under(self, token_id: bytes) -> list[SessionId]:
+        """Units that run under this token, or are about to."""
+        return [
+            session
+            for session, unit in self._units.items()
+            if unit.reservation is not None and unit.reservation.token_id == token_id
+        ]
 
     def _worker_ready(self, session: SessionId) -> list[Effect]:
         unit = self._units.get(session)
@@ -284,8 +379,23 @@ class Lending:
             _check_header_untrusted(event.header, unit.request, unit.offer, now_ms)
         except RemoteProtocolError as exc:
             return self._drop(event.session, exc.code, exc.detail)
+        unit.header = event.header
+        if unit.reservation is not None:
+            return [SaveReservation(unit.reservation)]
+        return self._start(unit)
+
+    def _reservation_saved(self, session: SessionId) -> list[Effect]:
+        unit = self._units.get(session)
+        if unit is None or unit.state is not UnitState.OFFERED:
+            return []
+        unit.saved = True
+        return self._start(unit)
+
+    def _start(self, unit: _Unit) -> list[Effect]:
+        assert unit.offer is not None
+        assert unit.header is not None
         unit.state = UnitState.RUNNING
-        return [StartUnit(unit.offer, event.header)]
+        return [StartUnit(unit.offer, unit.header)]
 
     def _stopped(self, event: UnitStopped) -> list[Effect]:
         unit = self._units.get(event.session)
@@ -306,10 +416,25 @@ class Lending:
         unit.state = UnitState.WIPING
         return [WipeWorker()]
 
-    def _wiped(self, session: SessionId) -> list[Effect]:
-        unit = self._units[session]
+    def _wiped(self, event: Wiped) -> list[Effect]:
+        unit = self._units[event.session]
         unit.state = UnitState.OVER
-        return [SendReceipt(unit.status)]
+        receipt = SendReceipt(unit.status)
+        if unit.reservation is None:
+            return [receipt]
+        charged_ms = self.tokens.settle(unit.reservation, event.wall_ms)
+        return [Settle(unit.reservation, charged_ms), receipt]
+
+    def _over(self, session: SessionId) -> list[Effect]:
+        unit = self._units.pop(session, None)
+        if unit is not None and unit.reservation is not None:
+            if not unit.saved:
+                self.tokens.release(unit.reservation)
+            else:
+                # It ran and was never settled: as after a crash, all of it counts.  On disk the
+                # reservation stands, and the next start comes to the same.
+                self.tokens.settle(unit.reservation, unit.reservation.reserved_ms)
+        return []
 
     def _move(
         self, session: SessionId, before: UnitState, after: UnitState, effect: Effect

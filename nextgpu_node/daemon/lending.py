@@ -22,15 +22,18 @@ import trio
 from nextgpu_node.clock import now_ms
 from nextgpu_node.core import lending as core
 from nextgpu_node.core.admission import Grant
+from nextgpu_node.core.tokens import Reservation
 from nextgpu_node.daemon.workers import status_of_exit
-from nextgpu_node.errors import NetworkError, PeerLost, SandboxError
+from nextgpu_node.errors import NetworkError, PeerLost, SandboxError, StoreError
 from nextgpu_node.frames import ByteStream, FrameStream
 from nextgpu_node.identity import Identity
 from nextgpu_node.sandbox.launcher import Worker, WorkerExit
+from nextgpu_node.store.token_ledger import TokenLedger
 from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import FrameKind
+from nextgpu_protocol.ids import PeerKey
 from nextgpu_protocol.limits import MAX_OFFER_LIFETIME_MS
 from nextgpu_protocol.local import Assignment
 from nextgpu_protocol.messages import (
@@ -90,9 +93,11 @@ class LentUnit:
         session_id: int,
         stream: ByteStream,
         decider: core.Lending,
-        take_worker: Callable[[], Awaitable[Worker]],
+        take_worker: Callable[[int], Awaitable[Worker]],
         runtime: str,
         identity: Identity,
+        ledger: TokenLedger,
+        former_keys: Callable[[Signed[UnitRequest]], Awaitable[frozenset[PeerKey]]],
     ) -> None:
         self.id = session_id
         self._stream = stream
@@ -101,6 +106,8 @@ class LentUnit:
         self._take_from_pool = take_worker
         self._runtime = runtime
         self._identity = identity
+        self._ledger = ledger
+        self._former_keys = former_keys
         self._session = Session("P")
         self._send_events, self._events = trio.open_memory_channel[core.Event](_EVENTS)
         self._pump_scopes: list[trio.CancelScope] = []
@@ -109,6 +116,7 @@ class LentUnit:
         self._running: Running | None = None
         self._exit: WorkerExit | None = None
         self._wipe: tuple[WipeStep, ...] = ()
+        self._wall_ms = 0
         self._over = False
         self.began_s = time.monotonic()
         self.finished = trio.Event()
@@ -156,7 +164,9 @@ class LentUnit:
 
     async def _converse(self, nursery: trio.Nursery) -> None:
         request = await self._receive_request()
-        pending: deque[core.Event] = deque([core.UnitRequested(self.id, request)])
+        former_keys = await self._former_keys(request)
+        first = core.UnitRequested(self.id, request, former_keys)
+        pending: deque[core.Event] = deque([first])
         while not self._over:
             event = pending.popleft() if pending else await self._events.receive()
             for effect in self._decider.handle(event, now_ms=now_ms()):
@@ -168,16 +178,20 @@ class LentUnit:
         match effect:
             case core.Refuse(code, detail):
                 await self._say_no(FrameKind.REFUSAL, code, detail)
-            case core.SpawnWorker():
-                return await self._take_worker()
+            case core.SpawnWorker(grant):
+                return await self._take_worker(grant)
             case core.SendOffer(request, grant):
                 return await self._send_offer(request, grant, nursery)
+            case core.SaveReservation(reservation):
+                return await self._save(reservation)
             case core.StartUnit(offer, header):
                 await self._start(offer, header, nursery)
             case core.AwaitExit():
                 return await self._await_exit()
             case core.WipeWorker():
                 return await self._wipe_worker()
+            case core.Settle(reservation, charged_ms):
+                await self._settle(reservation, charged_ms)
             case core.SendReceipt(status):
                 await self._send_receipt(status)
             case core.Discard(code, detail):
@@ -203,9 +217,9 @@ class LentUnit:
                 raise
         raise RemoteProtocolError(ErrorCode.TIMED_OUT, "no request came")
 
-    async def _take_worker(self) -> core.Event:
+    async def _take_worker(self, grant: Grant) -> core.Event:
         try:
-            self._worker = await self._take_from_pool()
+            self._worker = await self._take_from_pool(grant.memory_bytes)
         except SandboxError:
             log.error("worker.start_failed")
             return core.WorkerFailedToStart(self.id)
@@ -265,6 +279,14 @@ class LentUnit:
         if kind is FrameKind.CANCEL:
             return core.UnitStopped(self.id, "cancelled", ErrorCode.CANCELLED)
         return core.HeaderReceived(self.id, open_envelope_untrusted(UnitHeader, body))
+
+    async def _save(self, reservation: Reservation) -> core.Event:
+        try:
+            await trio.to_thread.run_sync(self._ledger.save, reservation)
+        except StoreError:
+            log.error("token.reservation_failed")
+            return core.UnitStopped(self.id, "owner_stopped", ErrorCode.INTERNAL)
+        return core.ReservationSaved(self.id)
 
     # --- while it runs ----------------------------------------------------------------------
 
@@ -360,7 +382,16 @@ class LentUnit:
             report = await self._worker.finish()
             self._exit = self._exit or await self._worker.wait()
             self._wipe = tuple(WipeStep(name, held) for name, held in report.steps)
-        return core.Wiped(self.id)
+        if self._running is not None:
+            self._wall_ms = round((time.monotonic() - self._running.began_s) * 1000)
+        return core.Wiped(self.id, self._wall_ms)
+
+    async def _settle(self, reservation: Reservation, charged_ms: int) -> None:
+        try:
+            await trio.to_thread.run_sync(self._ledger.settle, reservation, charged_ms)
+        except StoreError:
+            # The reservation stays on disk, and is spent in whole at the next start.
+            log.error("token.settlement_failed")
 
     async def _send_receipt(self, status: str) -> None:
         receipt = sign_message(self._make_receipt(status), self._identity.signing_key)
@@ -382,7 +413,7 @@ class LentUnit:
             output_hash=running.outbound.hash.digest(),
             status=status,
             metering=Metering(
-                wall_ms=round((time.monotonic() - running.began_s) * 1000),
+                wall_ms=self._wall_ms,
                 cpu_ms=round(usage.cpu_s * 1000) if usage else 0,
                 peak_memory_bytes=usage.peak_rss_bytes if usage else 0,
                 input_bytes=running.inbound.size_bytes,

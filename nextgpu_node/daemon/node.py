@@ -18,8 +18,12 @@ import trio
 from nextgpu_node.api import server as api_server
 from nextgpu_node.api.sockets import listen_private, remove_listening
 from nextgpu_node.api_types import (
+    InviteReply,
+    InviteRequest,
+    InvitesReply,
     PeerNeed,
     PeersReply,
+    RevokeReply,
     SharingView,
     StatusReply,
     UnitsReply,
@@ -35,6 +39,12 @@ from nextgpu_node.daemon.peers import (
     serve_capacity,
 )
 from nextgpu_node.daemon.provider import Provider
+from nextgpu_node.daemon.successions import (
+    SUCCESSIONS_PROTOCOL,
+    FormerKeys,
+    serve_successions,
+)
+from nextgpu_node.daemon.tokens import Tokens
 from nextgpu_node.errors import ConfigError, NextGPUError
 from nextgpu_node.identity import Identity
 from nextgpu_node.p2p.network import Network
@@ -58,10 +68,22 @@ class Node:
         self._began_s = time.monotonic()
         self._addresses: list[str] = []
         self._devices = HostDevices()
-        self._provider = Provider(config.sharing, identity, self._devices, paths.worker_dir)
+        self._tokens = Tokens(paths.tokens_file, identity)
         self._network = Network(
             _p2p_settings(config, identity),
-            {UNIT_PROTOCOL: self._serve_unit, CAPACITY_PROTOCOL: self._serve_capacity},
+            {
+                UNIT_PROTOCOL: self._serve_unit,
+                CAPACITY_PROTOCOL: self._serve_capacity,
+                SUCCESSIONS_PROTOCOL: self._serve_successions,
+            },
+        )
+        self._provider = Provider(
+            config.sharing,
+            identity,
+            self._devices,
+            paths.worker_dir,
+            self._tokens,
+            FormerKeys(self._network),
         )
         self._borrowing = Borrowing(self._network, identity)
         self._finder = PeerFinder(self._network)
@@ -76,6 +98,7 @@ class Node:
         # First of all the socket's name: it tells a second daemon of this home to stop here.
         unit_socket = listen_private(self._paths.units_socket)
         try:
+            self._tokens.open()
             async with trio.open_nursery() as nursery:
                 self._addresses = await nursery.start(self._network.run)
                 await nursery.start(api_server.run, self, self._paths.api_socket)
@@ -85,6 +108,7 @@ class Node:
                 nursery.start_soon(announce_forever, self._network, self._provider.capability_keys)
                 task_status.started(self._addresses)
         finally:
+            self._tokens.close()
             remove_listening(self._paths.units_socket, unit_socket)
 
     async def stop_lending(self) -> None:
@@ -141,6 +165,16 @@ class Node:
         self._provider.set_enabled(enabled)
         return self._provider.sharing_view()
 
+    async def issue_token(self, wanted: InviteRequest) -> InviteReply:
+        return await self._tokens.issue(wanted)
+
+    def issued_tokens(self) -> InvitesReply:
+        return InvitesReply(invites=self._tokens.views())
+
+    async def revoke_token(self, id_text: str) -> RevokeReply:
+        invite = await self._tokens.revoke(id_text, self._provider.end_units_under)
+        return RevokeReply(invite=invite)
+
     # --- streams ----------------------------------------------------------------------------
 
     async def _serve_unit(self, stream: PeerStream) -> None:
@@ -148,6 +182,10 @@ class Node:
 
     async def _serve_capacity(self, stream: PeerStream) -> None:
         await serve_capacity(stream, self._provider.capacity_record)
+        await stream.aclose()
+
+    async def _serve_successions(self, stream: PeerStream) -> None:
+        await serve_successions(stream, self._identity.successions)
         await stream.aclose()
 
     async def _serve_unit_socket(self, unit_socket: socket.socket) -> None:

@@ -20,19 +20,21 @@ from nextgpu_node.core.admission import OwnerPolicy
 from nextgpu_node.core.lending import Lending
 from nextgpu_node.daemon.devices import HostDevices, as_message
 from nextgpu_node.daemon.lending import LentUnit
+from nextgpu_node.daemon.successions import FormerKeys
+from nextgpu_node.daemon.tokens import Tokens
 from nextgpu_node.daemon.workers import WorkerPool
 from nextgpu_node.errors import SandboxError
-from nextgpu_node.frames import ByteStream
 from nextgpu_node.hostinfo.devices import Device, default_threads
 from nextgpu_node.identity import Identity
+from nextgpu_node.p2p.streams import PeerStream
 from nextgpu_node.sandbox.launcher import Launcher, Worker
 from nextgpu_node.sandbox.policy import WorkerPolicy
 from nextgpu_node.sandbox.probe import SandboxReport, probe
 from nextgpu_protocol.capability import keys_for_capacity
-from nextgpu_protocol.envelope import sign_message
+from nextgpu_protocol.envelope import Signed, sign_message
 from nextgpu_protocol.errors import ErrorCode
 from nextgpu_protocol.ids import PeerId, PeerKey
-from nextgpu_protocol.messages import SUITE, Capacity
+from nextgpu_protocol.messages import SUITE, Capacity, UnitRequest
 from nextgpu_protocol.program_limits import TABLE_VERSION
 
 log = structlog.get_logger()
@@ -49,12 +51,20 @@ class Provider:
     """Lends one device of this host.  `run` it once; it follows `set_enabled`."""
 
     def __init__(
-        self, config: SharingConfig, identity: Identity, devices: HostDevices, worker_dir: Path
+        self,
+        config: SharingConfig,
+        identity: Identity,
+        devices: HostDevices,
+        worker_dir: Path,
+        tokens: Tokens,
+        former_keys: FormerKeys,
     ) -> None:
         self._config = config
         self._devices = devices
         self._identity = identity
         self._worker_dir = worker_dir
+        self._tokens = tokens
+        self._former_keys = former_keys
         self._enabled = config.enabled
         self._reason = _STARTING if config.enabled else _OFF
         self._switched = trio.Event()
@@ -62,7 +72,11 @@ class Provider:
         self._session_ids = itertools.count(1)
         self._units: dict[int, LentUnit] = {}
         self._decider = Lending(
-            PeerKey(identity.public_key), self._policy(), table_version=TABLE_VERSION
+            PeerKey(identity.public_key),
+            self._policy(),
+            table_version=TABLE_VERSION,
+            tokens=tokens.book,
+            own_former_keys=frozenset(identity.former_keys),
         )
         self.sandbox = SandboxReport(tier="none", layers=(), missing=())
 
@@ -168,6 +182,7 @@ class Provider:
             requests_per_minute=config.requests_per_minute,
             allow=frozenset(PeerId(peer) for peer in config.allow),
             deny=frozenset(PeerId(peer) for peer in config.deny),
+            serve=config.serve,
         )
 
     def _update_policy(self) -> None:
@@ -245,8 +260,12 @@ class Provider:
 
     # --- units ------------------------------------------------------------------------------
 
-    async def serve(self, stream: ByteStream) -> None:
+    async def serve(self, stream: PeerStream) -> None:
         """One unit stream of one peer, to its end."""
+
+        async def former_keys(request: Signed[UnitRequest]) -> frozenset[PeerKey]:
+            return await self._former_keys.of(request, stream.peer_id, self._decider.policy)
+
         unit = LentUnit(
             next(self._session_ids),
             stream,
@@ -254,6 +273,8 @@ class Provider:
             self._take_worker,
             self.runtime,
             self._identity,
+            self._tokens.ledger,
+            former_keys,
         )
         self._units[unit.id] = unit
         try:
@@ -263,10 +284,16 @@ class Provider:
             with trio.CancelScope(shield=True), trio.move_on_after(2):
                 await stream.aclose()
 
-    async def _take_worker(self) -> Worker:
+    async def _take_worker(self, memory_bytes: int) -> Worker:
         if self._pool is None:
             raise SandboxError("sharing was switched off")
-        return await self._pool.take()
+        return await self._pool.take(memory_bytes)
+
+    def end_units_under(self, token_id: bytes) -> None:
+        """The token was revoked: what runs under it ends, with its receipt."""
+        for session in self._decider.sessions_under(token_id):
+            if session in self._units:
+                self._units[session].stop("owner_stopped", ErrorCode.TOKEN_REVOKED)
 
     def cancel(self, unit_id: str) -> bool:
         """End the lent unit of that id; False where there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import structlog
 import trio
@@ -71,14 +72,18 @@ class WorkerPool:
         while len(self._ready) < self._size:
             self._ready.append(await self._launcher.spawn(self._policy))
 
-    async def take(self) -> Worker:
-        """A worker of its own for one unit.  Raises SandboxError where none can be started."""
-        while self._ready:
+    async def take(self, memory_bytes: int) -> Worker:
+        """A worker of its own for one unit.  Raises SandboxError where none can be started.
+
+        Warm ones have the owner's memory limit; where less was granted, one is made for it.
+        """
+        policy = replace(self._policy, memory_bytes=min(memory_bytes, self._policy.memory_bytes))
+        while self._ready and policy == self._policy:
             worker = self._ready.popleft()
             self._taken.set()
             if not worker.has_ended:
                 return worker
             await worker.finish()
         with trio.move_on_after(_SPAWN_DEADLINE_S):
-            return await self._launcher.spawn(self._policy)
+            return await self._launcher.spawn(policy)
         raise SandboxError("no worker started in time")

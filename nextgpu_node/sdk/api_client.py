@@ -16,8 +16,13 @@ import msgspec
 from nextgpu_node.api_types import (
     CancelReply,
     ErrorReply,
+    InviteReply,
+    InviteRequest,
+    InvitesReply,
+    InviteView,
     PeerNeed,
     PeersReply,
+    RevokeReply,
     ShareRequest,
     SharingView,
     StatusReply,
@@ -97,6 +102,20 @@ class ApiClient:
     async def set_sharing(self, enabled: bool) -> SharingView:
         body = msgspec.json.encode(ShareRequest(enabled=enabled))
         return await self._call("PUT", "/v1/sharing", SharingView, body=body)
+
+    async def invite(self, wanted: InviteRequest) -> InviteReply:
+        """A new capability token of this node."""
+        body = msgspec.json.encode(wanted)
+        return await self._call("POST", "/v1/invites", InviteReply, body=body)
+
+    async def invites(self) -> InvitesReply:
+        return await self._call("GET", "/v1/invites", InvitesReply)
+
+    async def revoke(self, token_id: str) -> InviteView:
+        """The token with that id, or whose id begins with it, revoked."""
+        if not token_id.isalnum():
+            raise UsageError("That is not the id of a token; `nextgpu invites` lists them.")
+        return (await self._call("POST", f"/v1/invites/{token_id}/revoke", RevokeReply)).invite
 
     async def _call(
         self,

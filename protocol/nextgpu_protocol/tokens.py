@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -167,18 +168,20 @@ def open_chain_untrusted(blocks: tuple[bytes, ...]) -> TokenChain:
     return TokenChain(tuple(signed))
 
 
-def check_token_untrusted(
-    chain: TokenChain, *, issuers: frozenset[bytes], holders: frozenset[bytes], now_ms: int
-) -> None:
-    """Was it issued here, for this submitter, and is it still valid?
+def check_token_untrusted(chain: TokenChain, *, issuers: Set[bytes], now_ms: int) -> None:
+    """Was it issued here, and is it still valid?
 
-    `issuers` are the issuer's own key and those it had before, `holders` the submitter's.
+    `issuers` are the issuer's own key and those that it had before.
     """
     if chain.issuer not in issuers:
         raise RemoteProtocolError(ErrorCode.TOKEN_ISSUER)
     # Without the clock skew: the issuer wrote, or bounded, this time by its own clock.
     if now_ms > chain.allows.expires_at_ms:
         raise RemoteProtocolError(ErrorCode.TOKEN_EXPIRED)
+
+
+def check_audience_untrusted(chain: TokenChain, holders: Set[bytes]) -> None:
+    """May this submitter use it?  `holders` are its key and those that it had before."""
     if chain.allows.audience and chain.allows.audience not in holders:
         raise RemoteProtocolError(ErrorCode.TOKEN_AUDIENCE)
 

@@ -19,6 +19,7 @@ from nextgpu_protocol.messages import HeldToken, Token, TokenBlock
 from nextgpu_protocol.tokens import (
     TokenChain,
     attenuate_token,
+    check_audience_untrusted,
     check_token_untrusted,
     format_token,
     issue_token,
@@ -111,12 +112,7 @@ def test_blocks_of_two_tokens_do_not_mix() -> None:
 def test_a_token_that_nobody_issued_has_its_forger_for_an_issuer() -> None:
     chain = opened(issue_token(BLOCK, SigningKey(b"x" * 32), b"5" * 32))
     with pytest.raises(RemoteProtocolError) as caught:
-        check_token_untrusted(
-            chain,
-            issuers=frozenset({bytes(PROVIDER.verify_key)}),
-            holders=frozenset({HOLDER}),
-            now_ms=NOW_MS,
-        )
+        check_token_untrusted(chain, issuers={bytes(PROVIDER.verify_key)}, now_ms=NOW_MS)
     assert caught.value.code is ErrorCode.TOKEN_ISSUER
 
 
@@ -149,24 +145,22 @@ def test_any_bytes_are_a_token_or_the_one_error(data: bytes) -> None:
 def test_the_clock_is_held_to_the_millisecond_without_skew(
     now_ms: int, code: ErrorCode | None
 ) -> None:
-    def judge(holders: frozenset[bytes]) -> None:
-        check_token_untrusted(
-            opened(NARROWED),
-            issuers=frozenset({bytes(PROVIDER.verify_key)}),
-            holders=holders,
-            now_ms=NOW_MS + now_ms,
-        )
-
+    issuers = {bytes(PROVIDER.verify_key)}
     if code is None:
-        judge(frozenset({HOLDER}))
-        judge(frozenset({OTHER, HOLDER}))  # a key that the submitter had before
-        with pytest.raises(RemoteProtocolError) as caught:
-            judge(frozenset({OTHER}))
-        assert caught.value.code is ErrorCode.TOKEN_AUDIENCE
+        check_token_untrusted(opened(NARROWED), issuers=issuers, now_ms=NOW_MS + now_ms)
         return
     with pytest.raises(RemoteProtocolError) as caught:
-        judge(frozenset({HOLDER}))
+        check_token_untrusted(opened(NARROWED), issuers=issuers, now_ms=NOW_MS + now_ms)
     assert caught.value.code is code
+
+
+def test_an_audience_is_a_key_that_the_submitter_has_or_had() -> None:
+    check_audience_untrusted(opened(NARROWED), {HOLDER})
+    check_audience_untrusted(opened(NARROWED), {OTHER, HOLDER})
+    check_audience_untrusted(opened(ISSUED), {OTHER})
+    with pytest.raises(RemoteProtocolError) as caught:
+        check_audience_untrusted(opened(NARROWED), {OTHER})
+    assert caught.value.code is ErrorCode.TOKEN_AUDIENCE
 
 
 def test_the_chain_and_the_token_are_bounded() -> None:

@@ -35,6 +35,7 @@ from nextgpu_protocol.sealing import CiphertextHash, KeyPair, Opener, StreamKey,
 from nextgpu_protocol.session import Session
 from nextgpu_protocol.succession import predecessors_untrusted
 from nextgpu_protocol.tokens import (
+    check_audience_untrusted,
     check_token_untrusted,
     check_within_token_untrusted,
     open_token_untrusted,
@@ -187,9 +188,8 @@ def _run_token(vector: Vector) -> Any:
     submitter, nonce = bytes.fromhex(given["submitter_key"]), bytes.fromhex(given["request_nonce"])
     chain = open_token_untrusted(vector.input, submitter_key=submitter, request_nonce=nonce)
     issuers = frozenset({bytes.fromhex(given["issuer"])})
-    check_token_untrusted(
-        chain, issuers=issuers, holders=frozenset({submitter}), now_ms=given["now_ms"]
-    )
+    check_token_untrusted(chain, issuers=issuers, now_ms=given["now_ms"])
+    check_audience_untrusted(chain, {submitter})
     asked = {name: given[name] for name in ("memory_bytes", "max_seconds")}
     check_within_token_untrusted(chain, dataclasses.replace(REQUEST, **asked))
     hashes = [block.hash.hex() for block in chain.blocks]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from nextgpu_node.api_types import (
     DeviceView,
+    InviteReply,
+    InviteRequest,
+    InvitesReply,
+    InviteView,
     PeerNeed,
     PeersReply,
     PeerView,
+    RevokeReply,
     SharingView,
     StatusReply,
     UnitsReply,
@@ -25,6 +32,7 @@ class MemoryBackend:
         self.failure: Exception | None = None
         self.needs: list[PeerNeed] = []
         self.sharing = False
+        self.invites: list[InviteView] = []
         self.unit_ids = {UNIT_ID}
         self.device = DeviceView(
             kind="cpu", name="Test CPU", memory_total_bytes=8 * GIB, memory_free_bytes=4 * GIB
@@ -78,6 +86,32 @@ class MemoryBackend:
         self._maybe_fail()
         self.sharing = enabled
         return self._sharing()
+
+    async def issue_token(self, wanted: InviteRequest) -> InviteReply:
+        self._maybe_fail()
+        invite = InviteView(
+            id="ab" * 32,
+            gpu_seconds=wanted.gpu_seconds,
+            spent_s=0,
+            reserved_s=0,
+            memory_bytes=wanted.memory_bytes,
+            kinds=wanted.kinds,
+            audience=wanted.audience,
+            issued_at_ms=0,
+            expires_at_ms=wanted.expires_s * 1000,
+            revoked=False,
+        )
+        self.invites.append(invite)
+        return InviteReply(invite=invite, token="ngt1_example")
+
+    def issued_tokens(self) -> InvitesReply:
+        self._maybe_fail()
+        return InvitesReply(invites=self.invites)
+
+    async def revoke_token(self, id_text: str) -> RevokeReply:
+        self._maybe_fail()
+        (found,) = [invite for invite in self.invites if invite.id.startswith(id_text)]
+        return RevokeReply(invite=msgspec.structs.replace(found, revoked=True))
 
     def _sharing(self) -> SharingView:
         reason = "" if self.sharing else "the owner has not switched it on"

@@ -1,0 +1,1 @@
+"""What the node keeps on disk between two runs: counters, never the content of a unit."""
