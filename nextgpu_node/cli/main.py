@@ -43,6 +43,9 @@ _COMMANDS: Final = (
     ("inspect", "programs:inspect", "Say what a program file holds."),
     ("units", "network:units", "Work units that are here now, lent or borrowed."),
     ("cancel", "network:cancel", "End a work unit."),
+    ("invite", "tokens:invite", "Issue a capability token for this node's device."),
+    ("invites", "tokens:invites", "The tokens that this node has issued."),
+    ("revoke", "tokens:revoke", "Revoke a token that this node has issued."),
     ("doctor", "doctor:doctor", "Check this machine; every problem with its remedy."),
     ("demo", "running:demo", "Lend and borrow on this machine, end to end."),
 )
@@ -52,6 +55,13 @@ _GROUPS: Final = {
         (
             ("on", "network:share_on", "Lend from now on."),
             ("off", "network:share_off", "Lend no more; running units end."),
+        ),
+    ),
+    "token": (
+        "A capability token that you hold.",
+        (
+            ("show", "tokens:show", "What a token allows."),
+            ("attenuate", "tokens:attenuate", "Make a narrower token out of one, offline."),
         ),
     ),
     "config": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from nextgpu_node.cli.network import Kind, device_name
 from nextgpu_node.cli.output import SCHEMA, human_bytes
 from nextgpu_node.cli.progress import Progress
 from nextgpu_node.cli.sizes import gigabytes, size
+from nextgpu_node.cli.tokens import load_token
 from nextgpu_node.config import load_config
 from nextgpu_node.errors import JobFailed, UsageError
 from nextgpu_node.sdk.client import open_client
@@ -59,6 +61,9 @@ async def run(
         int | None, Parameter(help="Wall time. Without: what the peer allows.")
     ] = None,
     peer: Annotated[str | None, Parameter(help="Only the peer with this ID.")] = None,
+    token: Annotated[
+        str | None, Parameter(help="A capability token, a file that holds one, or -.")
+    ] = None,
     steps_axis: Annotated[
         bool, Parameter(negative="", help="Inputs have a leading axis of steps.")
     ] = False,
@@ -76,6 +81,8 @@ async def run(
     for file in (output, *([receipt] if receipt else [])):
         check_writable(file, force=force)
     needs = _needs(ctx, kind, vram, memory, max_seconds, peer)
+    if token is not None:
+        needs = replace(needs, token=load_token(token)[0])
     from nextgpu_node.cli.inputs import load_program, prepare_steps
 
     loaded = load_program(program)

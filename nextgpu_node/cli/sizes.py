@@ -1,10 +1,16 @@
-"""Sizes as people type them."""
+"""Sizes and times as people type them."""
 
 from __future__ import annotations
+
+import re
 
 from nextgpu_node.config import parse_size
 from nextgpu_node.errors import UsageError
 from nextgpu_protocol.limits import MAX_MEMORY_BYTES
+
+_DURATION = re.compile(r"([0-9]{1,9})([smhdw]?)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_LONGEST_S = 10 * 366 * 86_400
 
 
 def gigabytes(option: str, text: str) -> int:
@@ -26,6 +32,15 @@ def size(option: str, text: str) -> int:
         return _bounded(parse_size(text))
     except ValueError as exc:
         raise UsageError(f'{option} takes a size such as "2GB" or "512MiB", not {text!r}.') from exc
+
+
+def duration_s(option: str, text: str) -> int:
+    """Seconds of "7d", "12h", "30m", "90s" or "90".  Raises UsageError naming `option`."""
+    match = _DURATION.fullmatch(text.strip())
+    seconds = int(match[1]) * _SECONDS[match[2]] if match else 0
+    if not 0 < seconds <= _LONGEST_S:
+        raise UsageError(f'{option} takes a time such as "7d", "12h" or "30m", not {text!r}.')
+    return seconds
 
 
 def _bounded(size_bytes: int) -> int:

@@ -90,7 +90,7 @@ class Borrowing:
         relay = Relay(FrameStream(stream), time.monotonic())
         self.relays.add(relay)
         try:
-            await local.send(FrameKind.CONNECTED)
+            await local.send(FrameKind.CONNECTED, self._identity.public_key)
             await self._pump_both(relay, local)
         finally:
             self.relays.discard(relay)

@@ -49,11 +49,12 @@ class Client:
 
     async def find_peers(self, needs: Needs) -> list[PeerView]:
         """Peers that fit, best first.  Raises NoPeerFound where there is none."""
-        limit = _MANY_PEERS if needs.peer_id else 20
+        wanted = needs.wanted_peer
+        limit = _MANY_PEERS if wanted else 20
         reply = await self.api.peers(
             PeerNeed(kind=needs.kind, memory_bytes=needs.device_memory_bytes, limit=limit)
         )
-        peers = [p for p in reply.peers if needs.peer_id in (None, p.peer_id)]
+        peers = [p for p in reply.peers if wanted in (None, p.peer_id)]
         if not peers:
             raise NoPeerFound(_nobody_sentence(needs, reply.candidates))
         return peers

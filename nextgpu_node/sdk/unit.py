@@ -28,11 +28,12 @@ from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import Frame, FrameKind
-from nextgpu_protocol.ids import public_key_from_peer_id
+from nextgpu_protocol.ids import peer_id_from_public_key, public_key_from_peer_id
 from nextgpu_protocol.limits import CHUNK_PLAINTEXT_BYTES, MAX_REQUEST_LIFETIME_MS
 from nextgpu_protocol.local import Connect, SignDraft
 from nextgpu_protocol.messages import (
     SUITE,
+    HeldToken,
     Offer,
     Receipt,
     ReceiptAck,
@@ -59,6 +60,7 @@ from nextgpu_protocol.sealing import (
     transcript_hash,
 )
 from nextgpu_protocol.session import Session, SessionState
+from nextgpu_protocol.tokens import open_chain_untrusted, use_token
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,9 +75,10 @@ _NOBODY_READS = (SessionState.OUTPUT_ENDED, SessionState.RECEIPTED, SessionState
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a unit needs.  Sizes in bytes; None takes what the peer allows.
+    """What a unit needs.  Sizes in bytes; None takes what the peer, and the token, allow.
 
-    `peer_id` asks for one peer by name; otherwise every peer that fits is tried, best first.
+    `peer_id` asks for one peer by name, and a token for its issuer; otherwise every peer that
+    fits is tried, best first.
     """
 
     kind: str = "any"
@@ -85,6 +88,14 @@ class Needs:
     input_bytes: int | None = None
     output_bytes: int | None = None
     peer_id: str | None = None
+    token: HeldToken | None = None
+
+    @property
+    def wanted_peer(self) -> str | None:
+        """The one peer that can serve this, where there is one."""
+        if self.peer_id is None and self.token is not None:
+            return peer_id_from_public_key(open_chain_untrusted(self.token.blocks).issuer)
+        return self.peer_id
 
 
 @asynccontextmanager
@@ -134,8 +145,8 @@ class RemoteUnit:
     async def negotiate(self, needs: Needs, table_version: int) -> None:
         """CONNECT, REQUEST, OFFER, HEADER.  Everything the peer says is verified here."""
         await self._frames.send(FrameKind.CONNECT, encode_message(Connect(self._peer_key)))
-        await self._expect(FrameKind.CONNECTED)
-        request = await self._sign("request", self._make_request(needs, table_version))
+        own_key = await self._expect(FrameKind.CONNECTED)
+        request = await self._sign("request", self._make_request(needs, table_version, own_key))
         await self._send(FrameKind.REQUEST, request.data)
         offer = open_envelope_untrusted(Offer, await self._expect(FrameKind.OFFER))
         self._check_offer_untrusted(offer, request)
@@ -155,23 +166,28 @@ class RemoteUnit:
     def offered(self) -> Offered:
         return Offered(offer=self.offer, unit_id=self.unit_id.hex())
 
-    def _make_request(self, needs: Needs, table_version: int) -> UnitRequest:
-        issued_at_ms = now_ms()
-        peer = self._peer
+    def _make_request(self, needs: Needs, table_version: int, own_key: bytes) -> UnitRequest:
+        issued_at_ms, nonce = now_ms(), os.urandom(16)
+        peer, token = self._peer, needs.token
+        most_bytes, most_seconds = peer.memory_bytes, peer.max_seconds
+        if token is not None:
+            allows = open_chain_untrusted(token.blocks).allows
+            most_bytes = min(most_bytes, allows.memory_bytes)
+            most_seconds = min(most_seconds, allows.gpu_seconds)
         return UnitRequest(
             suite=SUITE,
-            nonce=os.urandom(16),
+            nonce=nonce,
             provider_key=self._peer_key,
             device_kind=needs.kind,
             device_memory_bytes=needs.device_memory_bytes,
-            memory_bytes=needs.memory_bytes or peer.memory_bytes,
-            max_seconds=needs.max_seconds or peer.max_seconds,
+            memory_bytes=needs.memory_bytes or most_bytes,
+            max_seconds=needs.max_seconds or most_seconds,
             input_bytes=needs.input_bytes or peer.input_bytes,
             output_bytes=needs.output_bytes or peer.output_bytes,
             table_version=table_version,
             issued_at_ms=issued_at_ms,
             expires_at_ms=issued_at_ms + MAX_REQUEST_LIFETIME_MS,
-            token=b"",
+            token=use_token(token, own_key, nonce) if token is not None else b"",
         )
 
     def _make_header(self, offer: Signed[Offer], ephemeral: KeyPair) -> UnitHeader:

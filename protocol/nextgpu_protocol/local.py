@@ -4,7 +4,8 @@ They use the same frames and the same codec as the wire, so each hop is read by 
 
     submitter's process -> its daemon    CONNECT Connect        a peer to talk to
                                          SIGN    SignDraft      a typed message to sign
-    its daemon -> the process            CONNECTED (empty)      frames are relayed from here on
+    its daemon -> the process            CONNECTED key (32)     frames are relayed from here on;
+                                                                the key is the one that signs
                                          SIGNED  envelope
     daemon -> worker                     ASSIGN  Assignment     what the one-time key is now for
     worker -> daemon                     HELLO   one-time key (32 bytes)

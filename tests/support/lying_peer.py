@@ -63,7 +63,7 @@ class LyingPeer:
 
     async def _unit(self) -> None:
         await self._frames.expect_untrusted(FrameKind.CONNECT)
-        await self._frames.send(FrameKind.CONNECTED)
+        await self._frames.send(FrameKind.CONNECTED, bytes(SUBMITTER.verify_key))
         await self._sign()
         envelope = await self._frames.expect_untrusted(FrameKind.REQUEST)
         if self.refuse is not None:
