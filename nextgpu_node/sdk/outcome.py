@@ -38,13 +38,6 @@ _REFUSED = (
     ErrorCode.TOKEN_LIMIT,
     ErrorCode.EXPIRED,
     ErrorCode.NOT_YET_VALID,
-    ErrorCode.BAD_TOKEN,
-    ErrorCode.TOKEN_EXPIRED,
-    ErrorCode.TOKEN_SPENT,
-    ErrorCode.TOKEN_REVOKED,
-    ErrorCode.TOKEN_AUDIENCE,
-    ErrorCode.TOKEN_ISSUER,
-    ErrorCode.TOKEN_LIMIT,
     ErrorCode.INTERNAL,
 )
 _ERROR_OF_CODE: dict[ErrorCode, type[NextGPUError]] = {
