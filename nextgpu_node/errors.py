@@ -88,6 +88,16 @@ class OutOfMemory(JobFailed):
     """The work unit needed more memory than its limit."""
 
 
+class JobStoreError(NextGPUError):
+    """A job's directory can not be read or written. Nothing that was in it is lost."""
+
+
+class JobCancelled(NextGPUError):
+    """The job was cancelled."""
+
+    exit_code = 130
+
+
 class NetworkError(NextGPUError):
     """The peer-to-peer network can not be used."""
 

@@ -40,6 +40,7 @@ class DaemonProcess:
         bootstrap: Sequence[str] = (),
         settings: Mapping[str, str] | None = None,
         log: IO[bytes] | None = None,
+        module: str = "nextgpu_node.daemon.main",
     ) -> None:
         self.home = home
         self.paths = Paths.under(home)
@@ -49,6 +50,7 @@ class DaemonProcess:
             **(settings or {}),
         }
         self._log = log
+        self._module = module
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> DaemonProcess:
@@ -82,7 +84,7 @@ class DaemonProcess:
     def begin(self) -> None:
         """Start it without waiting."""
         reader, writer = os.pipe()
-        command = [sys.executable, "-m", "nextgpu_node.daemon.main", "--home", str(self.home)]
+        command = [sys.executable, "-m", self._module, "--home", str(self.home)]
         command += ["--ready-fd", str(writer)]
         for key, value in self._settings.items():
             command += ["--set", f"{key}={value}"]

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 
 from nextgpu_node.api_types import PeerNeed, PeerView
+from nextgpu_node.config import load_config
 from nextgpu_node.errors import NextGPUError, NoPeerFound, PeerLost, Refused
 from nextgpu_node.paths import Paths, find_paths
 from nextgpu_node.sdk.api_client import ApiClient
 from nextgpu_node.sdk.events import InputSent, PeerChosen, UnitEvent
+from nextgpu_node.sdk.peer_history import PeerHistory
 from nextgpu_node.sdk.unit import Needs, RemoteUnit, open_unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nextgpu_node.graph.artifact import Program
+    from nextgpu_node.sdk.map_stream import Inputs, ShardResult
+    from nextgpu_node.sdk.mapping import MapOptions
 
 Steps = Iterable[Mapping[str, "Tensor"]] | AsyncIterable[Mapping[str, "Tensor"]]
 
@@ -44,7 +48,7 @@ class Client:
     """Runs programs on peers, through the local nextgpud, which sees ciphertext only."""
 
     def __init__(self, paths: Paths, api: ApiClient) -> None:
-        self._paths = paths
+        self.paths = paths
         self.api = api
 
     async def find_peers(self, needs: Needs) -> list[PeerView]:
@@ -65,7 +69,7 @@ class Client:
     ) -> AsyncIterator[RemoteUnit]:
         """A unit on `peer`.  Raises Refused, PeerLost, IntegrityError or DaemonUnreachable."""
         async with open_unit(
-            self._paths.units_socket,
+            self.paths.units_socket,
             peer,
             needs or Needs(),
             table_version=program.spec.min_table_version,
@@ -137,6 +141,43 @@ class Client:
         ):
             async for event in events:
                 yield event
+
+    def map(
+        self,
+        program: Program,
+        inputs: Inputs,
+        options: MapOptions | None = None,
+        *,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+    ) -> AbstractAsyncContextManager[trio.abc.ReceiveChannel[ShardResult]]:
+        """Run `program` on each of `inputs`, over every peer that fits.
+
+        An input is the tensors of one step by name, or a sequence of steps.  Yields one
+        ShardResult for each: in the order of the inputs, or as they are completed.  An input that
+        fails raises its error at its turn, or with `return_exceptions` is a result with `error`.
+        With an audit on, results are handed out when every audit has agreed.
+
+        Raises DaemonUnreachable where our own nextgpud does not answer.  Leaving early ends it.
+        """
+        from nextgpu_node.sdk.map_stream import map_stream
+
+        return map_stream(
+            self,
+            program,
+            inputs,
+            options,
+            ordered=ordered,
+            return_exceptions=return_exceptions,
+            history=self.history,
+        )
+
+    @property
+    def history(self) -> PeerHistory:
+        """What is remembered of peers, or, where the user wants none, nothing."""
+        config = load_config(self.paths, overrides={}, environ=os.environ)
+        remember = config.submit.remember_peers
+        return PeerHistory(self.paths.peer_history_file if remember else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,5 +82,54 @@ def network_of_three(settings: Mapping[str, str] | None = None) -> Iterator[Trio
         shutil.rmtree(work)
 
 
+@dataclass(frozen=True, slots=True)
+class Swarm:
+    """A DHT node that also submits, and several providers."""
+
+    submitter: DaemonProcess
+    providers: list[DaemonProcess]
+
+    async def wait_idle(self) -> None:
+        """Until no provider that lives lends anything."""
+        for provider in self.providers:
+            if provider.returncode is None:
+                with trio.fail_after(15):
+                    async with ApiClient(provider.paths.api_socket) as api:
+                        while not await _is_idle(api):  # noqa: ASYNC110  as above
+                            await trio.sleep(0.02)
+
+
+@contextmanager
+def swarm(
+    providers: int, settings: Mapping[str, str] | None = None, *, log_file: Path | None = None
+) -> Iterator[Swarm]:
+    """Started, connected, and all providers known to the submitter."""
+    work = Path(tempfile.mkdtemp(prefix="nextgpu-test-"))
+    try:
+        with ExitStack() as stack:
+            log = stack.enter_context((log_file or work / "log").open("wb"))
+            submitter = stack.enter_context(DaemonProcess(work / "borrow", log=log))
+            bootstrap = [submitter.wait_ready().address]
+            lending = {**LENDING, **(settings or {})}
+            lenders = [
+                DaemonProcess(work / f"lend{i}", bootstrap=bootstrap, settings=lending, log=log)
+                for i in range(providers)
+            ]
+            for lender in lenders:
+                stack.enter_context(lender)
+            for lender in lenders:
+                lender.wait_ready()
+            wait_until(lambda: count_peers(submitter) == providers, 90, "the providers")
+            yield Swarm(submitter, lenders)
+    finally:
+        shutil.rmtree(work)
+
+
+def count_peers(submitter: DaemonProcess) -> int:
+    """How many providers the submitter finds now."""
+    peers = run_cli(submitter.home, "peers", check=False).get("peers")
+    return len(peers) if isinstance(peers, list) else 0
+
+
 def has_peer(submitter: DaemonProcess) -> bool:
     return bool(run_cli(submitter.home, "peers", check=False).get("peers"))
