@@ -11,7 +11,8 @@ from typing import Final
 
 # What may wait at one worker, in seconds of its work.
 _AHEAD_S: Final = 0.1
-_FIRST_WINDOW: Final = 4
+# Nothing is known yet: what waits here could be run by a peer that is free.
+_FIRST_WINDOW: Final = 1
 # Always one behind the one that runs: its way there is free then.
 _SMALLEST_WINDOW: Final = 2
 _LARGEST_WINDOW: Final = 256

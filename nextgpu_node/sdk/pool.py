@@ -73,11 +73,11 @@ class Call:
     results: list[Ys] = field(default_factory=list, repr=False)
     error: NextGPUError | None = None
     sent_s: float = 0.0
+    # About what its steps take of the unit's input limit.
+    input_bytes: int = 0
 
-    @property
-    def input_bytes(self) -> int:
-        """About what its steps take of the unit's input limit."""
-        return sum(step_bytes(xs) for xs in self.steps)
+    def __post_init__(self) -> None:
+        self.input_bytes = sum(step_bytes(xs) for xs in self.steps)
 
 
 def step_bytes(xs: Xs) -> int:
@@ -112,12 +112,14 @@ class OpenUnit:
         self._begun = trio.Event()
         self._started = False
         self._closing = False
-        self._unsent_bytes = _program_bytes(program)
+        self._unsent_bytes = program_bytes(program)
         self._output_left = remote.offer.output_bytes
         self._largest_result = 0
         self.receipt: Receipt | None = None
         self.error: NextGPUError | None = None
         self.ended = trio.Event()
+        # Set where it takes no more calls, for whatever reason.
+        self.unwanted = trio.Event()
 
     # --- what a scheduler asks ----------------------------------------------------------------
 
@@ -182,11 +184,12 @@ class OpenUnit:
     def close(self) -> None:
         """Take no more calls; the unit ends when those that it has are answered."""
         self._closing = True
+        self.unwanted.set()
         self._wake.set()
 
     async def cancel(self) -> None:
         """End the unit now: whatever it has not answered is lost."""
-        self._closing = True
+        self.close()
         if self.ended.is_set():
             return
         try:
@@ -201,7 +204,7 @@ class OpenUnit:
         try:
             self._begun.set()
             await self._remote.start(self._program)
-            self._unsent_bytes -= _program_bytes(self._program)
+            self._unsent_bytes -= program_bytes(self._program)
             while True:
                 await self._wake.wait()
                 self._wake = trio.Event()
@@ -265,6 +268,7 @@ class OpenUnit:
         if self.ended.is_set():
             return
         self._closing = True
+        self.unwanted.set()
         self.ended.set()
         waiting = list(self._in_flight)
         self._in_flight.clear()
@@ -333,6 +337,7 @@ async def _wait_for_end(unit: OpenUnit) -> None:
             return
 
 
-def _program_bytes(program: Program) -> int:
+def program_bytes(program: Program) -> int:
+    """About what the program and its tensors take of a unit's input limit."""
     tensors = [*program.constants.values(), *program.carry.values()]
     return padded_size(sum(tensor.nbytes for tensor in tensors) + 64 * 1024)
