@@ -349,6 +349,9 @@ class Lane:
             peer = await self._next_peer()
         except DaemonUnreachable as exc:
             return self._wait_for_peers(exc)
+        except NextGPUError as exc:  # our own daemon says no: it is of another version, say
+            self.fail_all(exc)
+            return 0
         self._met_daemon = True
         if peer is None:
             return self._wait_for_peers(None)

@@ -27,17 +27,17 @@ import structlog
 import torch
 import trio
 
-from nextgpu_node.config import parse_size
+from nextgpu_node.config import load_config, parse_size
 from nextgpu_node.errors import UsageError
 from nextgpu_node.graph.artifact import Program
 from nextgpu_node.graph.calls import tensor_leaves
 from nextgpu_node.graph.local import match_inputs
 from nextgpu_node.paths import Paths, find_paths
 from nextgpu_node.sdk.api_client import ApiClient
-from nextgpu_node.sdk.client import Client
 from nextgpu_node.sdk.dispatch import Dispatcher, Limits
 from nextgpu_node.sdk.modules import ExportedModule, ModuleCache, check_inputs
 from nextgpu_node.sdk.peer_book import PeerBook
+from nextgpu_node.sdk.peer_history import PeerHistory
 from nextgpu_node.sdk.pool import Xs, Ys
 from nextgpu_node.sdk.unit import Needs
 from nextgpu_protocol.messages import DEVICE_KINDS
@@ -100,7 +100,7 @@ class RemoteFuture(futures.Future[_T]):
                     waiter.add_cancelled(self)
                 self._condition.notify_all()
         if first:
-            self._invoke_callbacks()
+            self._invoke_callbacks()  # type: ignore[attr-defined]  # as the class's own cancel does
             if self._drop is not None:
                 self._drop()
         return True
@@ -162,6 +162,8 @@ class _Engine:
         self._paths = paths
         self._needs = needs
         self._limits = limits
+        config = load_config(paths, overrides={}, environ=os.environ)
+        self._remembers = config.submit.remember_peers
         self._inbox: deque[Callable[[], None]] = deque()
         self._token: trio.lowlevel.TrioToken | None = None
         self._up = threading.Event()
@@ -242,7 +244,8 @@ class _Engine:
     async def _serve(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         async with ApiClient(self._paths.api_socket) as api:
-            book = PeerBook(Client(self._paths, api), self._needs)
+            history = PeerHistory(self._paths.peer_history_file if self._remembers else None)
+            book = PeerBook(api.peers, self._needs, history=history)
             units_socket = self._paths.units_socket
             self._dispatcher = Dispatcher(units_socket, book, self._needs, self._limits)
             with self._scope:
@@ -252,6 +255,7 @@ class _Engine:
                     await self._finishing.wait()
                     await self._dispatcher.close()
                     nursery.cancel_scope.cancel()
+            book.save()
 
     def _settle_rest(self) -> None:
         """The thread has ended: what is not answered never will be."""

@@ -50,7 +50,9 @@ class ModuleCache:
     """Thread-safe.  Forgets a module's programs with the module."""
 
     def __init__(self) -> None:
-        self._found: weakref.WeakKeyDictionary[torch.nn.Module, dict[Hashable, ExportedModule]]
+        self._found: weakref.WeakKeyDictionary[
+            torch.nn.Module, dict[tuple[Hashable, ...], ExportedModule]
+        ]
         self._found = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
