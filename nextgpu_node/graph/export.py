@@ -138,7 +138,7 @@ def _trace(
     for path, tensor in leaves:
         _check_example(path, tensor)
     marks = _marks(named, leaves, dynamic, names)
-    examples = _at_least_two(leaves, names)
+    examples = _distinct(_at_least_two(leaves, names))
     call = _Call(target, args, kwargs, names)
     try:
         with quiet():
@@ -149,6 +149,16 @@ def _trace(
         raise tracing_failed(exc) from exc
     _check_sizes(exported, names)
     return exported, names
+
+
+def _distinct(examples: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """torch.export takes one tensor given twice for one input, and both names for the second."""
+    seen: set[int] = set()
+    found: list[torch.Tensor] = []
+    for tensor in examples:
+        found.append(tensor.detach().clone() if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return tuple(found)
 
 
 def _check_example(path: str, tensor: torch.Tensor) -> None:

@@ -9,22 +9,70 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nextgpu_node.errors import (
+        DaemonUnreachable,
+        IntegrityError,
+        JobFailed,
+        JobTimeout,
+        NextGPUError,
+        NoPeerFound,
+        OutOfMemory,
+        PeerLost,
+        ProgramError,
+        Refused,
+    )
     from nextgpu_node.graph.artifact import Program
     from nextgpu_node.graph.export import export
     from nextgpu_node.graph.local import run_local
     from nextgpu_node.sdk.client import Client, open_client
+    from nextgpu_node.sdk.executor import Executor, RemoteFuture
+    from nextgpu_node.sdk.sync import events, run, run_steps
     from nextgpu_node.sdk.unit import Needs, RemoteUnit
 
-__all__ = ["Client", "Needs", "Program", "RemoteUnit", "export", "open_client", "run_local"]
+# One name a line, so that two changes meet seldom.
+__all__ = [
+    "Client",
+    "DaemonUnreachable",
+    "Executor",
+    "IntegrityError",
+    "JobFailed",
+    "JobTimeout",
+    "Needs",
+    "NextGPUError",
+    "NoPeerFound",
+    "OutOfMemory",
+    "PeerLost",
+    "Program",
+    "ProgramError",
+    "Refused",
+    "RemoteFuture",
+    "RemoteUnit",
+    "events",
+    "export",
+    "open_client",
+    "run",
+    "run_local",
+    "run_steps",
+]
 
+_ERRORS = (
+    *("DaemonUnreachable", "IntegrityError", "JobFailed", "JobTimeout", "NextGPUError"),
+    *("NoPeerFound", "OutOfMemory", "PeerLost", "ProgramError", "Refused"),
+)
 _HOME_OF = {
+    **dict.fromkeys(_ERRORS, "nextgpu_node.errors"),
     "Client": "nextgpu_node.sdk.client",
+    "Executor": "nextgpu_node.sdk.executor",
     "Needs": "nextgpu_node.sdk.unit",
     "Program": "nextgpu_node.graph.artifact",
+    "RemoteFuture": "nextgpu_node.sdk.executor",
     "RemoteUnit": "nextgpu_node.sdk.unit",
     "export": "nextgpu_node.graph.export",
     "open_client": "nextgpu_node.sdk.client",
+    "events": "nextgpu_node.sdk.sync",
+    "run": "nextgpu_node.sdk.sync",
     "run_local": "nextgpu_node.graph.local",
+    "run_steps": "nextgpu_node.sdk.sync",
 }
 
 

@@ -57,6 +57,7 @@ _RECRUIT_EVERY_S: Final = 0.25
 # A slot that we have just left is free again within milliseconds.
 _BUSY_RETRIES: Final = 8
 _BUSY_RETRY_S: Final = 0.025
+_WIPED_S: Final = 1.0
 # Another program's calls wait no longer than this for a unit that is never idle.
 _FAIR_SHARE_S: Final = 1.0
 
@@ -114,6 +115,7 @@ class Dispatcher:
         self.limits = limits or Limits()
         self.held: Counter[str] = Counter()  # units by peer, open or about to be
         self._recent: dict[str, list[float]] = {}
+        self._left_s: dict[str, float] = {}
         self._lanes: dict[int, Lane] = {}
         self._nursery: trio.Nursery | None = None
         self._empty = trio.Event()
@@ -128,6 +130,8 @@ class Dispatcher:
             self._nursery = None
             for lane in list(self._lanes.values()):
                 lane.fail_all(NextGPUError("The executor was ended before this call was run."))
+            self._lanes.clear()
+            self._empty.set()
 
     async def close(self) -> None:
         """Wait for every call, then for every unit and its receipt."""
@@ -147,14 +151,11 @@ class Dispatcher:
         return lane.push(job)
 
     async def _run_lane(self, lane: Lane) -> None:
-        try:
-            await lane.run()
-        finally:
-            # Neither calls nor units: the program may go from memory.
-            if self._lanes.get(id(lane.program)) is lane:
-                del self._lanes[id(lane.program)]
-            if not self._lanes:
-                self._empty.set()
+        await lane.run()
+        # Neither calls nor units: the program may go from memory.
+        del self._lanes[id(lane.program)]
+        if not self._lanes:
+            self._empty.set()
 
     @property
     def unit_count(self) -> int:
@@ -169,8 +170,13 @@ class Dispatcher:
         self._recent.setdefault(peer_id, []).append(time.monotonic())
 
     def release(self, peer_id: str) -> None:
+        self._left_s[peer_id] = trio.current_time()
         self.held[peer_id] -= 1
         self.held += Counter()  # drops zeros
+
+    def left_just_now(self, peer_id: str) -> bool:
+        """Whether the slot that is in use there is one of ours, which is still being wiped."""
+        return trio.current_time() - self._left_s.get(peer_id, -math.inf) < _WIPED_S
 
     def may_open(self, peer: PeerView) -> bool:
         """Whether this peer should have a slot for one more unit of ours."""
@@ -180,6 +186,9 @@ class Dispatcher:
         recent = [at_s for at_s in self._recent.get(peer.peer_id, ()) if at_s > since_s]
         self._recent[peer.peer_id] = recent
         return peer.free_slots > len(recent)
+
+    def has_units_beside(self, lane: Lane) -> bool:
+        return any(other.units for other in self._lanes.values() if other is not lane)
 
     def make_room(self, wanting: Lane) -> None:
         """Have another program's unit end, so that `wanting` gets its peer: an idle one at best."""
@@ -211,6 +220,7 @@ class Lane:
         self._closing = False
         self._shared = is_shared(program)
         self._met_daemon = False
+        self._unfit: dict[str, NextGPUError] = {}  # peers on which the program does not load
         self._program_bytes = program_bytes(program)
         self._patient_since_s = trio.current_time()
 
@@ -231,7 +241,8 @@ class Lane:
         waiting = list(self._queue)
         self._queue.clear()
         for ticket in waiting:
-            ticket.job.fail(error)
+            # What became of it when it last ran says more than that nobody takes it now.
+            ticket.job.fail(ticket.error or error)
 
     def feed(self) -> None:
         """Give waiting calls to units that have room."""
@@ -302,6 +313,7 @@ class Lane:
         bystander = not lost.suspect and remedy_for(lost.cause) is Remedy.GIVE_UP
         ticket.failures += not bystander
         ticket.alone = ticket.alone or lost.suspect
+        ticket.error = None if bystander else lost.cause
         if ticket.failures >= self._dispatcher.limits.attempts:
             ticket.job.fail(lost.cause)
         else:
@@ -337,7 +349,7 @@ class Lane:
         """One more unit, if that is worth it and possible; the seconds until the next look."""
         if any(ticket.dropped for ticket in self._queue):
             self._queue = deque(ticket for ticket in self._queue if not ticket.dropped)
-        if not self._queue or self._tended:
+        if not self._queue or self.units:
             self._patient_since_s = trio.current_time()
         if not self._queue:
             return math.inf
@@ -396,7 +408,8 @@ class Lane:
 
     def _fits(self, ticket: _Ticket, peer: PeerView) -> bool:
         needed = self._program_bytes + ticket.call.input_bytes
-        return peer.peer_id not in ticket.avoid and needed <= peer.input_bytes
+        unfit = peer.peer_id in ticket.avoid or peer.peer_id in self._unfit
+        return not unfit and needed <= peer.input_bytes
 
     def _fail_what_fits_nowhere(self, candidates: list[PeerView]) -> None:
         """Too large for every peer that is there.  Where none is there, that is another matter."""
@@ -407,14 +420,15 @@ class Lane:
             if not any(self._fits(ticket, peer) for peer in candidates):
                 self._queue.remove(ticket)
                 needed = self._program_bytes + ticket.call.input_bytes
-                ticket.job.fail(ticket.error or _too_large(needed, largest))
+                known = ticket.error or next(iter(self._unfit.values()), None)
+                ticket.job.fail(known or _too_large(needed, largest))
 
     def _wait_for_peers(self, unreachable: DaemonUnreachable | None) -> float:
         """Nobody is free.  Seconds until the next look; after a while without any, the end."""
         if self._tended:
             return _RECRUIT_EVERY_S
-        if self._dispatcher.unit_count:
-            # Our own units hold the peers: those of other programs, which end in time.
+        if self._dispatcher.has_units_beside(self):
+            # Our own units hold the peers, and end in time.
             self._patient_since_s = trio.current_time()
         waited_s = trio.current_time() - self._patient_since_s
         if unreachable is not None and not self._met_daemon:
@@ -442,7 +456,8 @@ class Lane:
                 await self._until_unwanted(unit)
                 self.units.remove(unit)
         except NextGPUError as exc:
-            self._note_failure(peer, exc, loaded=False)
+            remedy = self._dispatcher.book.failed(peer.peer_id, exc)
+            log.debug("unit.not_opened", cause=type(exc).__name__, remedy=remedy.value)
         finally:
             self._dispatcher.release(peer.peer_id)
             self._tended -= 1
@@ -452,7 +467,7 @@ class Lane:
                     self.units.remove(unit)
             self._wake.set()
         if unit is not None and unit.error is not None:
-            self._note_failure(peer, unit.error, loaded=unit.has_started)
+            self._note_end(unit, unit.error)
         elif unit is not None:
             seconds = trio.current_time() - began_s
             self._dispatcher.book.succeeded(peer.peer_id, moved_bytes=0, seconds=seconds)
@@ -464,16 +479,23 @@ class Lane:
             try:
                 return await stack.enter_async_context(opening)
             except Refused as exc:
-                if exc.code != ErrorCode.BUSY or tries == _BUSY_RETRIES:
+                wiping = exc.code == ErrorCode.BUSY and dispatcher.left_just_now(peer.peer_id)
+                if not wiping or tries == _BUSY_RETRIES:
                     raise
             await trio.sleep(_BUSY_RETRY_S)
         raise AssertionError("unreachable")
 
-    def _note_failure(self, peer: PeerView, error: NextGPUError, *, loaded: bool) -> None:
-        remedy = self._dispatcher.book.failed(peer.peer_id, error)
-        log.debug("unit.ended_early", cause=type(error).__name__, remedy=remedy.value)
-        if remedy is Remedy.GIVE_UP and not loaded:
-            self.fail_all(error)  # the program itself: it would load nowhere
+    def _note_end(self, unit: OpenUnit, error: NextGPUError) -> None:
+        """What the end of `unit` says about its peer, or about the program."""
+        log.debug("unit.ended_early", cause=type(error).__name__)
+        if unit.was_cancelled:
+            return  # by us: it says nothing about the peer
+        if not unit.failed_in_worker:
+            self._dispatcher.book.failed(unit.peer.peer_id, error)
+        elif not unit.has_started:
+            self._unfit[unit.peer.peer_id] = error
+            if remedy_for(error) is Remedy.GIVE_UP:
+                self.fail_all(error)  # it would load nowhere
 
     async def _until_unwanted(self, unit: OpenUnit) -> None:
         """Until it has ended, is to be closed, or nobody called for `idle_s`."""

@@ -47,7 +47,7 @@ log = structlog.get_logger()
 _T = TypeVar("_T")
 
 # At the end of the interpreter, what is still under way gets this long; then it is cancelled.
-_EXIT_GRACE_S: Final = 10.0
+_EXIT_GRACE_S: Final = 5.0
 _AFTER_FORK: Final = (
     "This Executor belongs to the process that this one was forked from. "
     "Make a new one here, after the fork."
@@ -198,7 +198,7 @@ class _Engine:
     def stop(self) -> None:
         """End now; what is unanswered is cancelled.  Returns at once."""
         if self.thread.is_alive() and self.pid == os.getpid():
-            self._post(self._scope.cancel)
+            self._post(self._cancel_all)
 
     def join(self, timeout: float | None = None) -> None:
         if self.thread.is_alive() and threading.current_thread() is not self.thread:
@@ -223,6 +223,11 @@ class _Engine:
     def _drain(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
+
+    def _cancel_all(self) -> None:
+        for future in list(self.unfinished):
+            future.cancel()
+        self._scope.cancel()
 
     def _hand_over(self, program: Program, call: _Call) -> None:
         if call.future.cancelled():
@@ -492,11 +497,14 @@ def _chunks(inputs: Iterable[tuple[Any, ...]], size: int) -> Iterator[list[_Argu
     for args in inputs:
         # A chunk of one needs no comparison.
         found = [] if size == 1 else [(t.shape, t.dtype) for _, t in tensor_leaves(args)]
-        if chunk and (len(chunk) == size or found != shape):
+        if chunk and found != shape:
             yield chunk
             chunk = []
         chunk.append((args, {}))
         shape = found
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
     if chunk:
         yield chunk
 

@@ -116,6 +116,7 @@ class OpenUnit:
         self._output_left = remote.offer.output_bytes
         self._largest_result = 0
         self.receipt: Receipt | None = None
+        self.was_cancelled = False
         self.error: NextGPUError | None = None
         self.ended = trio.Event()
         # Set where it takes no more calls, for whatever reason.
@@ -137,6 +138,11 @@ class OpenUnit:
     def has_started(self) -> bool:
         """Whether the worker has accepted the program."""
         return self._started
+
+    @property
+    def failed_in_worker(self) -> bool:
+        """Whether the worker itself gave up, and said why under the seal."""
+        return self._remote.failure is not None
 
     def has_room(self, call: Call) -> bool:
         """Whether `call` fits: in what is left of the unit's limits, and behind the others."""
@@ -190,6 +196,7 @@ class OpenUnit:
     async def cancel(self) -> None:
         """End the unit now: whatever it has not answered is lost."""
         self.close()
+        self.was_cancelled = True
         if self.ended.is_set():
             return
         try:
@@ -290,7 +297,7 @@ class OpenUnit:
         """
         if not isinstance(cause, JobFailed | JobTimeout | Refused):
             return CallLost(cause, suspect=False)
-        if self._remote.failure is not None:
+        if self.failed_in_worker:
             # Before it started, it was the program that did not load: nobody's call did that.
             guilty = index == 0 or not self._started
             return cause if guilty else CallLost(cause, suspect=False)

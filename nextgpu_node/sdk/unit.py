@@ -70,7 +70,15 @@ if TYPE_CHECKING:
 _Signable = TypeVar("_Signable", UnitRequest, UnitHeader, ReceiptAck)
 
 _OFFER_DEADLINE_S = 40
-_NOBODY_READS = (SessionState.OUTPUT_ENDED, SessionState.RECEIPTED, SessionState.CLOSED)
+# Where data that is still on its way here is sent no more: nobody would read it.
+_INPUT_IS_OVER = frozenset(
+    {
+        SessionState.CANCELLED,
+        SessionState.OUTPUT_ENDED,
+        SessionState.RECEIPTED,
+        SessionState.CLOSED,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +289,8 @@ class RemoteUnit:
         await self._send_data(self._sealer.seal(chunks[-1], final=final))
 
     async def _send_data(self, body: bytes) -> None:
-        if self._session.state in _NOBODY_READS:
-            return  # the program stopped early: nobody reads this any more
+        if self._session.state in _INPUT_IS_OVER:
+            return
         self._sent.update(body)
         self.sent_bytes += len(body)
         await self._send(FrameKind.DATA, body)

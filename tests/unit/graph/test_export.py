@@ -261,3 +261,9 @@ def test_wrong_names_are_told_with_the_right_ones():
         run_local(program)
     with pytest.raises(ProgramError, match="the outputs are: output"):
         export(linear, (torch.randn(1, 3),), stop="done")
+
+
+def test_one_tensor_given_twice_is_two_inputs():
+    x = torch.ones(3)
+    program = export(lambda a, b: a - b, (x, x))
+    assert run_local(program, x * 5, x * 2)["output"].tolist() == [3.0, 3.0, 3.0]
