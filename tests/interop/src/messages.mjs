@@ -41,10 +41,33 @@ const oneOf = (...values) =>
     if (!values.includes(value)) fail("MALFORMED", `${name} is none of its values`);
   });
 
-const listOf = (item) => ({
-  read: (node, name) => typed(node, "array", name).map((each) => item.read(each, name)),
+const listOf = (item, check = () => {}) => ({
+  read: (node, name) => {
+    const values = typed(node, "array", name).map((each) => item.read(each, name));
+    check(values, name);
+    return values;
+  },
   tree: (values) => ({ type: "array", value: values.map(item.tree) }),
 });
+
+const items = (least, most) => (values, name) => {
+  if (values.length < least || values.length > most) fail("MALFORMED", `${name} has ${values.length} items`);
+};
+
+const codePoints = (value) => [...value].map((letter) => letter.codePointAt(0));
+
+/** Whether `a` stands before `b` by code point, which is not how JavaScript compares texts. */
+function before(a, b) {
+  const [one, other] = [codePoints(a), codePoints(b)];
+  const at = one.findIndex((point, i) => point !== other[i]);
+  return at === -1 ? one.length < other.length : at < other.length && one[at] < other[at];
+}
+
+const ascending = (values, name) => {
+  if (!values.length || values.some((value, i) => i > 0 && !before(values[i - 1], value))) {
+    fail("MALFORMED", `${name} is not strictly ascending`);
+  }
+};
 
 const message = (type) => ({
   read: (node) => readFields(type, node),
@@ -132,6 +155,28 @@ const FIELDS = {
     ["reason", text],
     ...window,
   ],
+  token: [
+    ["suite", int],
+    ["previous_hash", bytes(0, 32)],
+    ["next_key", bytes(32)],
+    ["gpu_seconds", amount(1, LIMITS.MAX_TOKEN_GPU_SECONDS)],
+    ["memory_bytes", amount(1, LIMITS.MAX_MEMORY_BYTES)],
+    ["kinds", listOf(text, ascending)],
+    ["audience", bytes(0, 32)],
+    ["expires_at_ms", int],
+  ],
+  "token use": [
+    ["suite", int],
+    ["token_hash", bytes(32)],
+    ["submitter_key", bytes(32)],
+    ["request_nonce", bytes(16)],
+  ],
+  "request token": [["blocks", listOf(bytes(), items(1, LIMITS.MAX_TOKEN_BLOCKS))], ["use", bytes()]],
+  "held token": [["blocks", listOf(bytes(), items(1, LIMITS.MAX_TOKEN_BLOCKS))], ["seed", bytes(32)]],
+  successor: [["suite", int], ["new_key", bytes(32)], ["issued_at_ms", int]],
+  predecessor: [["suite", int], ["old_key", bytes(32)], ["successor_hash", bytes(32)]],
+  succession: [["successor", bytes()], ["predecessor", bytes()]],
+  successions: [["links", listOf(message("succession"), items(0, LIMITS.MAX_SUCCESSIONS))]],
   refusal: [["code", int], ["detail", text]],
   manifest: [["checkpoint_ms", int], ["return_carry", bool]],
   summary: [["steps", int], ["load_ms", int], ["run_ms", int], ["stopped_early", bool]],

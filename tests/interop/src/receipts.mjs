@@ -1,24 +1,26 @@
 // Receipts.  Spec: 55-receipts.md
-import { same } from "./bytes.mjs";
-import { Hash } from "./domain.mjs";
+import { same, sodium, u64 } from "./bytes.mjs";
+import { domain } from "./domain.mjs";
 import { openEnvelope, sealEnvelope } from "./envelope.mjs";
 import { fail } from "./errors.mjs";
 
-/** The hash and the size of the DATA bodies of one direction, as they pass. */
+/** SHA-256 and size of the DATA bodies of one direction, as they pass. */
 export class DirectionHash {
   constructor() {
-    this.running = new Hash("ciphertext");
+    this.state = sodium.crypto_hash_sha256_init();
+    sodium.crypto_hash_sha256_update(this.state, domain("ciphertext"));
     this.bytes = 0;
   }
 
   add(body) {
-    this.running.add(body);
+    sodium.crypto_hash_sha256_update(this.state, u64(body.length));
+    sodium.crypto_hash_sha256_update(this.state, body);
     this.bytes += body.length;
-    return this;
   }
 
+  /** Once, at the end. */
   digest() {
-    return this.running.digest();
+    return sodium.crypto_hash_sha256_final(this.state);
   }
 }
 

@@ -8,11 +8,14 @@ import { DirectionHash } from "./receipts.mjs";
 import { RecordJoiner, fragments } from "./records.mjs";
 import { StreamOpener, submitterKeys, workerKeys } from "./sealing.mjs";
 import { Session } from "./session.mjs";
+import { predecessors } from "./succession.mjs";
+import { checkToken } from "./tokens.mjs";
 
 function readEnvelope(params, input) {
   const { signer, message, hash } = openEnvelope(params.type, input);
   requireSuite(message);
-  if (params.now_ms !== undefined) requireWindow(message, params.now_ms);
+  const hasWindow = "issued_at_ms" in message && "expires_at_ms" in message;
+  if (params.now_ms !== undefined && hasWindow) requireWindow(message, params.now_ms);
   return { signer, hash, message };
 }
 
@@ -77,11 +80,21 @@ function readSession(input) {
   return { expect: refused ?? "ok", decoded: { steps, state: session.state } };
 }
 
+function readToken(params, input) {
+  const request = {
+    submitterKey: unhex(params.submitter_key), nonce: unhex(params.request_nonce),
+    memoryBytes: params.memory_bytes, maxSeconds: params.max_seconds,
+  };
+  return checkToken(input, unhex(params.issuer), request, params.now_ms);
+}
+
 const READERS = {
   message: (params, input) => decodeMessage(params.type, input),
   envelope: readEnvelope,
   frame: (params, input) => readFrames(input),
   stream: readStream,
+  token: readToken,
+  successions: ({ peer }, input) => ({ predecessors: predecessors(input, unhex(peer)) }),
 };
 
 /** {expect, decoded} as this implementation sees the vector. */
