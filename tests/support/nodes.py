@@ -36,8 +36,11 @@ class Trio:
     log: Path
 
     async def wait_idle(self) -> None:
-        """Until nothing is lent and every slot is free: what the owner is told, asked for anew."""
-        with trio.fail_after(15):
+        """Until nothing is lent and every slot is free: what the owner is told, asked for anew.
+
+        Where lending was off, a launcher imports torch first.
+        """
+        with trio.fail_after(60):
             async with ApiClient(self.provider.paths.api_socket) as api:
                 # Another process's state: there is no event of ours to wait for.
                 while not await _is_idle(api):  # noqa: ASYNC110
