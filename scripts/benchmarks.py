@@ -4,6 +4,7 @@
     transfer    64 and 512 MiB out and back, beside plain TCP and the sealing primitive
     idle        a daemon at rest: memory, processor time, and that torch is not loaded
     demo        the phases of scripts/demo
+    submit      an Executor beside Dask with TLS and Ray (bench_submit.py)
 
 Every figure of one run is taken on the same machine in the same minutes: read the ratios.
 """
@@ -331,12 +332,16 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("name", choices=("roundtrip", "transfer", "idle", "demo"))
+    parser.add_argument("name", choices=("roundtrip", "transfer", "idle", "demo", "submit"))
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.name == "demo":
         figures = demo()
+    elif arguments.name == "submit":
+        from scripts.bench_submit import submit
+
+        figures = submit()
     else:
         measure = {"roundtrip": roundtrip, "transfer": transfer, "idle": idle}[arguments.name]
         with network_of_three(SETTINGS) as nodes:

@@ -328,13 +328,18 @@ class Executor(futures.Executor):
 
     # --- concurrent.futures.Executor ----------------------------------------------------------
 
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> RemoteFuture[Any]:
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> futures.Future[Any]:
         """One call of `fn`, an nn.Module or a Program, with tensors.
 
         A module's result is what the module itself would give, its tensors on the CPU; a program's
-        is a dict of its outputs by name.  Raises ProgramError for inputs that do not fit a program
-        and UsageError for what is neither; a model that can not be exported fails its future.
+        is a dict of its outputs by name.  The future is a RemoteFuture.  Raises ProgramError for
+        inputs that do not fit a program and UsageError for what is neither of the two; a model that
+        can not be exported fails its future.
         """
+        if _is_dask_batch(fn):
+            from nextgpu_node.sdk.adapters.dask import submit_batch
+
+            return submit_batch(self, *args)
         return self._submit(fn, [(args, kwargs)], operator.itemgetter(0))
 
     def map(
@@ -445,6 +450,12 @@ _NOT_DATA: Final = (
     "Submit an nn.Module, or turn a function of tensors into a program: "
     "nextgpu.export(function, (example,))."
 )
+
+
+def _is_dask_batch(fn: Any) -> bool:
+    """Whether Dask hands over a batch of its tasks: dask.compute(..., scheduler=executor)."""
+    is_named = getattr(fn, "__name__", "") == "batch_execute_tasks"
+    return is_named and getattr(fn, "__module__", "") == "dask.local"
 
 
 def _steps_of(program: Program, call: _Arguments) -> Xs:

@@ -1,0 +1,238 @@
+"""`scripts/bench submit`: what a submitter waits for, beside Dask (TLS) and Ray in the same run.
+
+    noop_call         one call after the other, in an open unit or worker that is warm
+    calls_per_s       1,000 calls at once, one worker
+    shards_over_4     1,000 calls over four workers (for NextGPU: four nodes)
+    64_mib            one call with 64 MiB out, one with 64 MiB back
+    program           a real program (two layers of a transformer), over running it in this process
+
+NextGPU signs, seals and sandboxes; Dask with TLS encrypts and pickles; Ray does neither.  All run
+one thread a worker on the same two cores, one system after the other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nextgpu_node.graph.export import export
+from nextgpu_node.sdk.executor import Executor
+from nextgpu_protocol.limits import MIB
+from tests.support.nodes import swarm
+
+CALLS = 300
+MANY = 1000
+NODES = 4
+BIG = 64 * MIB
+SETTINGS = {
+    "sharing.max_memory": "2 GiB",
+    "sharing.max_input": "4 GiB",
+    "sharing.max_output": "4 GiB",
+    "sharing.max_unit_seconds": "600",
+    "sharing.threads": "1",
+    "log.level": "warning",
+}
+
+
+class NoOp(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0
+
+
+class First(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:1] + 0
+
+
+class Grow(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(BIG)
+
+
+def make_real() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
+    return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+# What each system is asked: call(module, x) -> a future-like; wait(future) -> the tensor.
+Call = Callable[[torch.nn.Module, torch.Tensor], Any]
+Wait = Callable[[Any], torch.Tensor]
+
+
+def measure(call: Call, wait: Wait, *, four: tuple[Call, Wait] | None = None) -> dict[str, Any]:
+    """All rows of one system; `four` is the same with four workers."""
+    small, real = torch.ones(16), torch.randn(8, 64, 256)
+    noop, first, grow, model = NoOp(), First(), Grow(), make_real()
+    report: dict[str, Any] = {"noop_call": latency(call, wait, noop, small)}
+    report["calls_per_s"] = round(rate(call, wait, noop, small))
+    if four is not None:
+        report["shards_over_4_per_s"] = round(rate(*four, noop, small))
+    out = torch.ones(BIG, dtype=torch.uint8)
+    report["64_mib_out_mb_s"] = round(BIG / fastest(lambda: wait(call(first, out))) / 1e6)
+    back = torch.ones(1, dtype=torch.uint8)
+    report["64_mib_back_mb_s"] = round(BIG / fastest(lambda: wait(call(grow, back))) / 1e6)
+    here = fastest(lambda: model(real), times=7)
+    there = fastest(lambda: wait(call(model, real)), times=7)
+    report["program_here_ms"] = round(here * 1e3, 1)
+    report["program_over_here"] = round(there / here, 3)
+    return report
+
+
+def latency(call: Call, wait: Wait, module: torch.nn.Module, x: torch.Tensor) -> dict[str, float]:
+    wait(call(module, x))
+    seconds = sorted(fastest(lambda: wait(call(module, x)), times=1) for _ in range(CALLS))
+    return {
+        "p50_ms": round(seconds[CALLS // 2] * 1e3, 2),
+        "p99_ms": round(seconds[CALLS * 99 // 100] * 1e3, 2),
+    }
+
+
+def rate(call: Call, wait: Wait, module: torch.nn.Module, x: torch.Tensor) -> float:
+    """Calls a second of MANY that are submitted at once: the better of two runs."""
+
+    def once() -> None:
+        futures = [call(module, x + i) for i in range(MANY)]
+        for i, future in enumerate(futures):
+            assert wait(future)[0].item() == 1 + i
+
+    return MANY / fastest(once, times=2)
+
+
+def fastest(work: Callable[[], Any], times: int = 3) -> float:
+    """Seconds; of the best of `times`, the first of which may have been cold."""
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(times):
+            began_s = time.perf_counter()
+            work()
+            best = min(best, time.perf_counter() - began_s)
+    return best
+
+
+# --- the systems ------------------------------------------------------------------------------
+
+
+def nextgpu() -> dict[str, Any]:
+    programs: dict[tuple[int, Any], Any] = {}
+
+    def caller(executor: Executor) -> Call:
+        def call(module: torch.nn.Module, x: torch.Tensor) -> Any:
+            key = (id(module), x.shape)
+            if key not in programs:
+                programs[key] = (module, export(module, (x,)))
+            return executor.submit(programs[key][1], x)
+
+        return call
+
+    def wait(future: Any) -> torch.Tensor:
+        (tensor,) = future.result().values()
+        return tensor
+
+    with swarm(NODES, SETTINGS) as nodes:
+        paths = nodes.submitter.paths
+        with Executor(paths=paths, max_units=1) as one, Executor(paths=paths, max_units=4) as four:
+            return measure(caller(one), wait, four=(caller(four), wait))
+
+
+def dask() -> dict[str, Any]:
+    from distributed import Client, LocalCluster
+    from distributed.security import Security
+
+    def run(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return module(x)
+
+    @contextmanager
+    def opened(workers: int) -> Iterator[tuple[Call, Wait]]:
+        security = Security.temporary()
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            security=security,
+            dashboard_address=None,
+            silence_logs=40,
+        )
+        with cluster, Client(cluster, security=security) as client:
+            # The module lies there already, as the program does in an open unit.
+            there: dict[int, Any] = {}
+
+            def call(module: torch.nn.Module, x: torch.Tensor) -> Any:
+                if id(module) not in there:
+                    there[id(module)] = client.scatter(module, broadcast=True, hash=False)
+                return client.submit(run, there[id(module)], x, pure=False)
+
+            yield call, lambda future: future.result()
+
+    with opened(1) as one, opened(4) as four:
+        return measure(*one, four=four)
+
+
+def ray_() -> dict[str, Any]:
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+
+    @ray.remote
+    class Worker:
+        def run(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return module(x)
+
+        def threads(self) -> None:
+            torch.set_num_threads(1)
+
+    workers = [Worker.remote() for _ in range(4)]  # type: ignore[attr-defined]
+    ray.get([worker.threads.remote() for worker in workers])
+    there: dict[int, Any] = {}
+    turn = iter(range(10**9))
+
+    def caller(count: int) -> Call:
+        def call(module: torch.nn.Module, x: torch.Tensor) -> Any:
+            if id(module) not in there:
+                there[id(module)] = ray.put(module)
+            return workers[next(turn) % count].run.remote(there[id(module)], x)
+
+        return call
+
+    try:
+        return measure(caller(1), ray.get, four=(caller(4), ray.get))
+    finally:
+        ray.shutdown()
+
+
+def submit() -> dict[str, Any]:
+    """Each system in turn, and the ratios that matter: above 1, NextGPU is the quicker one."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    report: dict[str, Any] = {"nextgpu": nextgpu()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report["dask_tls"] = dask()
+        if importlib.util.find_spec("ray") is not None:
+            report["ray_actors"] = ray_()
+    for other in ("dask_tls", "ray_actors"):
+        if other in report:
+            report[f"times_quicker_than_{other}"] = ratios(report["nextgpu"], report[other])
+    return report
+
+
+def ratios(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    for name in mine:
+        match mine[name]:
+            case dict():
+                for key in mine[name]:
+                    found[f"{name}_{key}"] = round(theirs[name][key] / mine[name][key], 2)
+            case _ if name.endswith("_s") or name == "calls_per_s":
+                found[name] = round(mine[name] / theirs[name], 2)
+            case _ if name == "program_over_here":
+                found[name] = round(theirs[name] / mine[name], 2)
+    return found
