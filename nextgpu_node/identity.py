@@ -1,7 +1,11 @@
 """The node's identity: one Ed25519 key, whose public half is the peer ID.
-Spec: protocol/spec/10-identity.md
+Spec: protocol/spec/10-identity.md, 15-succession.md
 
-    identity.key   32 bytes, the Ed25519 seed (RFC 8032 section 5.1.5); 0600 in a 0700 directory
+    identity.key   the Ed25519 seed, plain or sealed (keyfile.py); 0600 in a 0700 directory
+    successions    the encoded Successions that lead to this key; public
+
+Every change is one rename(2) under the directory's lock: the old key or the new one is there,
+never half of one.
 """
 
 from __future__ import annotations
@@ -11,19 +15,27 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from nacl.signing import SigningKey
 
+from nextgpu_node import keyfile
 from nextgpu_node.errors import ConfigError, IdentityError
+from nextgpu_node.keyfile import SEED_BYTES, SealedKey
+from nextgpu_node.passphrases import Passphrase
 from nextgpu_node.paths import Paths, ensure_private_dir
-from nextgpu_protocol.codec import encode_message
-from nextgpu_protocol.ids import PeerId, peer_id_from_public_key
-from nextgpu_protocol.messages import Successions
-from nextgpu_protocol.succession import predecessors_untrusted
-
-SEED_BYTES = 32
+from nextgpu_protocol.codec import decode_message_untrusted, encode_message
+from nextgpu_protocol.errors import RemoteProtocolError
+from nextgpu_protocol.ids import PeerId, PeerKey, peer_id_from_public_key
+from nextgpu_protocol.limits import MAX_MESSAGE_BYTES, MAX_SUCCESSIONS
+from nextgpu_protocol.messages import Succession, Successions
+from nextgpu_protocol.succession import (
+    make_succession,
+    open_succession_untrusted,
+    predecessors_untrusted,
+)
 
 
 class SecretKey(SigningKey):  # type: ignore[misc]  # PyNaCl carries no types
@@ -70,28 +82,267 @@ class Identity:
         return cls(SecretKey(os.urandom(SEED_BYTES)))
 
 
-def load_or_create(paths: Paths) -> Identity:
+def load_or_create(paths: Paths, passphrase: Passphrase | None = None) -> Identity:
     """The identity in `paths.identity_file`, made at the first start.
 
-    Raises IdentityError where the file or its directory is open to others, is not ours, is a
-    link, or does not hold a key; the message names the command that repairs it.
+    `passphrase` is asked where the key is sealed.  Raises IdentityError where the file or its
+    directory is open to others, is not ours, is a link, or does not hold a key; the message names
+    the command that repairs it.
     """
-    path = paths.identity_file
+    with _opened(paths) as store:
+        key = store.read()
+        if key is None:
+            store.put(paths.identity_file, os.urandom(SEED_BYTES), replace=False)
+            key = store.read()
+        if key is None:
+            raise IdentityError(f"{paths.identity_file}: vanished while it was being made.")
+        return store.identity(_open(key, passphrase))
+
+
+def from_key_file(data: bytes, paths: Paths, passphrase: Passphrase) -> Identity:
+    """The identity in the content of a key file: a systemd credential.  Its successions, where
+    there are any, are in the data directory as ever."""
+    key = keyfile.parse(data)
+    with _opened(paths) as store:
+        return store.identity(_open(key, passphrase))
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityFacts:
+    """What can be said of an identity without opening it."""
+
+    peer_id: PeerId
+    sealed: bool
+    former_ids: tuple[PeerId, ...]  # oldest first
+
+
+def inspect(paths: Paths) -> IdentityFacts | None:
+    """The identity's facts, or None where there is none yet.  Needs no passphrase."""
+    if not paths.identity_file.parent.is_dir():
+        return None
+    with _opened(paths) as store:
+        key = store.read()
+        if key is None:
+            return None
+        sealed = isinstance(key, SealedKey)
+        public_key = key.public_key if isinstance(key, SealedKey) else _public(key)
+        former = predecessors_untrusted(
+            encode_message(store.successions_of(public_key)), public_key
+        )
+        ids = tuple(map(peer_id_from_public_key, former))
+        return IdentityFacts(peer_id_from_public_key(public_key), sealed, ids)
+
+
+def set_passphrase(paths: Paths, passphrase: Passphrase, new: bytes | None) -> None:
+    """Seal the key under `new`, or keep it plain where that is None.  The key stays the same."""
+    with _opened(paths) as store:
+        seed = _open(store.expect(), passphrase)
+        store.put(paths.identity_file, keyfile.seal(seed, new) if new else seed)
+
+
+def check_passphrase(paths: Paths, passphrase: bytes) -> None:
+    """Raises WrongPassphrase where it does not open the key."""
+    with _opened(paths) as store:
+        _open(store.expect(), lambda: passphrase)
+
+
+def rotate(paths: Paths, passphrase: Passphrase, *, now_ms: int) -> Identity:
+    """A new key in place of the old one, with both keys' word that the one follows the other.
+
+    The new key is sealed where the old one was, under the same passphrase.
+    """
+    with _opened(paths) as store:
+        key = store.expect()
+        typed = passphrase() if isinstance(key, SealedKey) else None
+        seed = _open(key, lambda: typed or b"")
+        old, new = SecretKey(seed), SecretKey(os.urandom(SEED_BYTES))
+        links = (
+            *store.successions_of(_public(seed)).links,
+            make_succession(old, new, now_ms=now_ms),
+        )
+        # The oldest are let go: a reader checks a bounded chain.
+        successions = Successions(links[-MAX_SUCCESSIONS:])
+        content = keyfile.seal(bytes(new), typed) if typed else bytes(new)
+        # First the statement, then the key: a crash in between leaves the old key, whose own
+        # chain is the beginning of what is written.  The other way round would lose the old key
+        # before it has named its successor.
+        store.put(paths.successions_file, encode_message(successions))
+        store.put(paths.identity_file, content)
+        return store.identity(bytes(new))
+
+
+def export(paths: Paths, passphrase: Passphrase, export_passphrase: Passphrase) -> bytes:
+    """The key and its successions, sealed under a passphrase of the export's own."""
+    with _opened(paths) as store:
+        seed = _open(store.expect(), passphrase)
+        successions = encode_message(store.successions_of(_public(seed)))
+        return keyfile.make_export(seed, successions, export_passphrase())
+
+
+def import_(
+    paths: Paths, data: bytes, export_passphrase: Passphrase, *, new: bytes | None, replace: bool
+) -> Identity:
+    """Be the node that `data` was exported from.
+
+    The key is sealed under `new`, or plain where that is None.  Raises IdentityError where there
+    is a key already and `replace` is false.
+    """
+    key, successions_data = keyfile.parse_export(data)
+    seed = key.open(export_passphrase())
     try:
-        ensure_private_dir(path.parent)
+        successions = decode_message_untrusted(Successions, successions_data)
+        predecessors_untrusted(successions_data, _public(seed))
+    except RemoteProtocolError as exc:
+        raise IdentityError(f"The exported identity is damaged: {exc}") from exc
+    with _opened(paths) as store:
+        there = store.read()
+        if there is not None and not replace:
+            raise IdentityError(
+                f"{paths.identity_file}: there is a key already. Export it first if it is still "
+                "needed, then say --force to replace it."
+            )
+        store.put(paths.successions_file, encode_message(successions))
+        store.put(paths.identity_file, keyfile.seal(seed, new) if new else seed)
+        return store.identity(seed)
+
+
+def _public(seed: bytes) -> bytes:
+    return bytes(SigningKey(seed).verify_key)
+
+
+def _open(key: bytes | SealedKey, passphrase: Passphrase | None) -> bytes:
+    if isinstance(key, bytes):
+        return key
+    if passphrase is None:
+        raise IdentityError("The identity key is sealed under a passphrase.")
+    return key.open(passphrase())
+
+
+@contextmanager
+def _opened(paths: Paths) -> Iterator[_Store]:
+    """The identity's directory, private and locked.  Raises IdentityError for what is wrong."""
+    try:
+        ensure_private_dir(paths.identity_file.parent)
     except ConfigError as exc:
         raise IdentityError(str(exc)) from exc
     try:
-        with _locked_dir(path.parent) as dir_fd:
-            seed = _read_seed(path, dir_fd)
-            if seed is None:
-                _write_seed(path, dir_fd, os.urandom(SEED_BYTES))
-                seed = _read_seed(path, dir_fd)
+        with _locked_dir(paths.identity_file.parent) as dir_fd:
+            yield _Store(paths, dir_fd)
     except OSError as exc:
-        raise IdentityError(f"{path}: {exc.strerror}.") from exc
-    if seed is None:
-        raise IdentityError(f"{path}: vanished while it was being made.")
-    return Identity(SecretKey(seed))
+        raise IdentityError(f"{paths.identity_file}: {exc.strerror}.") from exc
+
+
+class _Store:
+    """The two files, under the lock."""
+
+    def __init__(self, paths: Paths, dir_fd: int) -> None:
+        self._paths = paths
+        self._dir_fd = dir_fd
+
+    def identity(self, seed: bytes) -> Identity:
+        return Identity(SecretKey(seed), self.successions_of(_public(seed)))
+
+    def expect(self) -> bytes | SealedKey:
+        key = self.read()
+        if key is None:
+            raise IdentityError(
+                "There is no identity key here yet; the node's first start makes it."
+            )
+        return key
+
+    def read(self) -> bytes | SealedKey | None:
+        """The key, or None where there is no file."""
+        path = self._paths.identity_file
+        data = self._read_private(path, keyfile.SEALED_BYTES)
+        if data is None:
+            return None
+        try:
+            return keyfile.parse(data)
+        except IdentityError as exc:
+            raise IdentityError(
+                f"{path}: {exc} Restore it from a backup, "
+                f"or move it away to start with a new identity: mv {path} {path}.broken"
+            ) from exc
+
+    def successions_of(self, public_key: bytes) -> Successions:
+        """The links that lead to `public_key`.
+
+        A rotation that was cut off has left one link more, which leads away from it.
+        """
+        path = self._paths.successions_file
+        data = self._read_private(path, MAX_MESSAGE_BYTES)
+        if data is None:
+            return Successions(())
+        try:
+            links = decode_message_untrusted(Successions, data).links
+            keys = [open_succession_untrusted(link) for link in links]
+            return Successions(_leading_to(public_key, links, keys))
+        except RemoteProtocolError as exc:
+            raise IdentityError(
+                f"{path}: is damaged ({exc}). Restore it from a backup, or move it away: mv {path} "
+                f"{path}.broken. Without it, peers that knew an earlier key take this node for "
+                "a stranger."
+            ) from exc
+
+    def put(self, path: Path, data: bytes, *, replace: bool = True) -> None:
+        """Put whole content in place, or nothing.
+
+        A crash between open and write would otherwise leave an empty key behind.  Without
+        `replace`, link() refuses an existing name, as O_EXCL does.
+        """
+        draft, dir_fd = f"{path.name}.new", self._dir_fd
+        # Left over by a crash; the lock says that nobody is writing it now.
+        with suppress(FileNotFoundError):
+            os.unlink(draft, dir_fd=dir_fd)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(draft, flags, 0o600, dir_fd=dir_fd)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                self._check_replaceable(path)
+                os.rename(draft, path.name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+            else:
+                with suppress(FileExistsError):
+                    os.link(draft, path.name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(draft, dir_fd=dir_fd)
+        os.fsync(dir_fd)
+
+    def _check_replaceable(self, path: Path) -> None:
+        """A link or another user's file in the key's place is a sign that something is wrong."""
+        self._read_private(path, MAX_MESSAGE_BYTES)
+
+    def _read_private(self, path: Path, most_bytes: int) -> bytes | None:
+        """The content, or None where there is no file.  What was checked is what is read: one
+        open."""
+        # O_NONBLOCK: a FIFO put in the key's place must not hold up the start.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(path.name, flags, dir_fd=self._dir_fd)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            if path.is_symlink():
+                raise IdentityError(f"{path}: is a link. Put the key file itself there.") from exc
+            raise
+        try:
+            _check_file(path, os.fstat(fd))
+            return os.read(fd, most_bytes + 1)
+        finally:
+            os.close(fd)
+
+
+def _leading_to(
+    public_key: bytes, links: tuple[Succession, ...], keys: list[tuple[PeerKey, PeerKey]]
+) -> tuple[Succession, ...]:
+    for count in range(len(links), 0, -1):
+        if keys[count - 1][1] == public_key:
+            return links[:count]
+    return ()
 
 
 @contextmanager
@@ -103,31 +354,6 @@ def _locked_dir(directory: Path) -> Iterator[int]:
         yield dir_fd
     finally:
         os.close(dir_fd)
-
-
-def _read_seed(path: Path, dir_fd: int) -> bytes | None:
-    """The seed, or None where there is no file.  What was checked is what is read: one open."""
-    # O_NONBLOCK: a FIFO put in the key's place must not hold up the start.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(path.name, flags, dir_fd=dir_fd)
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        if path.is_symlink():
-            raise IdentityError(f"{path}: is a link. Put the key file itself there.") from exc
-        raise
-    try:
-        _check_file(path, os.fstat(fd))
-        seed = os.read(fd, SEED_BYTES + 1)
-    finally:
-        os.close(fd)
-    if len(seed) != SEED_BYTES:
-        raise IdentityError(
-            f"{path}: does not hold a key ({SEED_BYTES} bytes expected). Restore it from a backup, "
-            f"or move it away to start with a new identity: mv {path} {path}.broken"
-        )
-    return seed
 
 
 def _check_file(path: Path, info: os.stat_result) -> None:
@@ -144,28 +370,3 @@ def _check_file(path: Path, info: os.stat_result) -> None:
             f"{path}: mode {mode:04o} is looser than 0600, so other users may know this key. "
             f"Run: chmod 600 {path}"
         )
-
-
-def _write_seed(path: Path, dir_fd: int, seed: bytes) -> None:
-    """Put a whole key in place, or nothing.
-
-    link() refuses an existing name, as O_EXCL does, and shows the file only once it is complete:
-    a crash between open and write would otherwise leave an empty key behind.
-    """
-    draft = f"{path.name}.new"
-    # Left over by a crash; the lock says that nobody is writing it now.
-    with suppress(FileNotFoundError):
-        os.unlink(draft, dir_fd=dir_fd)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(draft, flags, 0o600, dir_fd=dir_fd)
-    try:
-        try:
-            os.write(fd, seed)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        with suppress(FileExistsError):
-            os.link(draft, path.name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-    finally:
-        os.unlink(draft, dir_fd=dir_fd)
-    os.fsync(dir_fd)

@@ -57,6 +57,16 @@ _GROUPS: Final = {
             ("off", "network:share_off", "Lend no more; running units end."),
         ),
     ),
+    "identity": (
+        "The key that this node is known by.",
+        (
+            ("show", "identity:show", "Who this node is."),
+            ("rotate", "identity:rotate", "A new key, named by the old one as its successor."),
+            ("export", "identity:export", "Write key and successions to a sealed file."),
+            ("import", "identity:import_", "Be the node of an exported identity."),
+            ("passphrase", "identity:passphrase", "Set, change or remove the passphrase."),
+        ),
+    ),
     "token": (
         "A capability token that you hold.",
         (

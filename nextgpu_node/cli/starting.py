@@ -27,6 +27,9 @@ def up(
     *,
     yes: Annotated[bool, Parameter(negative="", help="Lend without being asked.")] = False,
     share: Annotated[bool | None, Parameter(help="Lend, or do not, until this node stops.")] = None,
+    passphrase_fd: Annotated[
+        int | None, Parameter(help="Read the identity key's passphrase from this descriptor.")
+    ] = None,
     ctx: Ctx,
 ) -> int:
     """Start the node here, in the foreground.
@@ -45,7 +48,14 @@ def up(
     sys.stderr.flush()
     sys.stdout.flush()
     # This process becomes the daemon, so that signals and the exit code are the daemon's own.
-    os.execv(sys.executable, _daemon_command(ctx, overrides))  # noqa: S606
+    command = _daemon_command(ctx, overrides)
+    if passphrase_fd is not None:
+        try:
+            os.set_inheritable(passphrase_fd, True)
+        except OSError as exc:
+            raise UsageError(f"--passphrase-fd {passphrase_fd}: {exc.strerror}.") from exc
+        command += ["--passphrase-fd", str(passphrase_fd)]
+    os.execv(sys.executable, command)  # noqa: S606
 
 
 def _explain(device: Device | None, report: SandboxReport, config: Config) -> list[str]:

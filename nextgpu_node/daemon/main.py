@@ -1,6 +1,7 @@
 """`nextgpud`: the daemon's entry point.
 
 nextgpud [--home DIR] [--config FILE] [--set section.key=value]… [--ready-fd N]
+         [--passphrase-fd N]
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pathlib import Path
 import structlog
 import trio
 
-from nextgpu_node import logs
+from nextgpu_node import logs, passphrases
 from nextgpu_node.config import Config, load_config
 from nextgpu_node.daemon.node import Node
 from nextgpu_node.daemon.sdnotify import Notifier
 from nextgpu_node.errors import NextGPUError, UsageError
-from nextgpu_node.identity import Identity, load_or_create
+from nextgpu_node.identity import Identity, from_key_file, load_or_create
+from nextgpu_node.keyfile import SEALED_BYTES
 from nextgpu_node.paths import Paths, find_paths
 
 log = structlog.get_logger()
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         paths, config = _settings(arguments)
         logs.configure(config.log.level, config.log.format, sys.stderr)
-        identity = _identity(config, paths)
+        identity = _identity(config, paths, arguments.passphrase_fd)
         trio.run(_run, Node(config, paths, identity), identity, notifier, arguments.ready_fd)
     except* NextGPUError as group:
         error = _first(group)
@@ -78,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting"
     )
+    parser.add_argument(
+        "--passphrase-fd", type=int, metavar="N", help="read the key's passphrase from here"
+    )
     parser.add_argument("--ready-fd", type=int, help="write one line of JSON here when ready")
     return parser
 
@@ -99,10 +104,16 @@ def _override(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _identity(config: Config, paths: Paths) -> Identity:
+def _identity(config: Config, paths: Paths, passphrase_fd: int | None) -> Identity:
     if config.node.identity == "ephemeral":
         return Identity.ephemeral()
-    return load_or_create(paths)
+    passphrase = passphrases.for_daemon(passphrase_fd, os.environ)
+    credential = passphrases.read_credential(
+        os.environ, passphrases.IDENTITY_CREDENTIAL, SEALED_BYTES
+    )
+    if credential is not None:
+        return from_key_file(credential, paths, passphrase)
+    return load_or_create(paths, passphrase)
 
 
 def _report_ready(ready_fd: int | None, peer_id: str, addresses: list[str]) -> None:

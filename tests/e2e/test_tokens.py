@@ -14,9 +14,11 @@ import torch
 import trio
 from safetensors.torch import save_file
 
+from nextgpu_node import identity
 from nextgpu_node.api_types import InviteRequest, InviteView
 from nextgpu_node.cli.processes import wait_until
-from nextgpu_node.errors import PeerLost, Refused
+from nextgpu_node.clock import now_ms
+from nextgpu_node.errors import NextGPUError, PeerLost, Refused
 from nextgpu_node.graph.artifact import Program
 from nextgpu_node.sdk.api_client import ApiClient
 from nextgpu_node.sdk.client import open_client
@@ -145,6 +147,30 @@ async def test_units_side_by_side_do_not_overdraw_and_kill_9_spends_what_was_res
 
 def wait_for_peer(nodes: Trio) -> None:
     wait_until(lambda: has_peer(nodes.submitter), 60, "the provider to be found again")
+
+
+async def test_a_token_follows_its_peer_to_a_new_key_which_the_daemon_opens_by_a_credential(
+    tokens_only: Trio, linear: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes, token = tokens_only, await invite(tokens_only, 100)
+    old = nodes.submitter.ready.peer_id
+    allows = parse_token_untrusted(format_token(token))[1].allows
+    theirs = replace(allows, audience=public_key_from_peer_id(old))
+    held = attenuate_token(token, theirs, os.urandom(32))
+
+    nodes.submitter.stop()
+    paths = nodes.submitter.paths
+    identity.rotate(paths, lambda: b"", now_ms=now_ms())
+    identity.set_passphrase(paths, lambda: b"", b"open sesame")
+    with pytest.raises(NextGPUError):  # nobody tells it the passphrase
+        await trio.to_thread.run_sync(nodes.submitter.start)
+    (tmp_path / "nextgpu.passphrase").write_bytes(b"open sesame\n")
+    (tmp_path / "nextgpu.passphrase").chmod(0o400)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    await trio.to_thread.run_sync(nodes.submitter.start)
+    assert nodes.submitter.ready.peer_id != old
+    await trio.to_thread.run_sync(wait_for_peer, nodes)
+    assert await run(nodes, linear, Needs(token=held, max_seconds=20)) == 1
 
 
 async def never() -> AsyncIterator[dict[str, torch.Tensor]]:
