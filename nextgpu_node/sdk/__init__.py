@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nextgpu_node.graph.local import run_local
     from nextgpu_node.sdk.client import Client, open_client
     from nextgpu_node.sdk.executor import Executor, RemoteFuture
-    from nextgpu_node.sdk.sync import events, run, run_steps
+    from nextgpu_node.sdk.sync import run, run_events, run_steps
     from nextgpu_node.sdk.unit import Needs, RemoteUnit
 
 # One name a line, so that two changes meet seldom.
@@ -47,10 +47,10 @@ __all__ = [
     "Refused",
     "RemoteFuture",
     "RemoteUnit",
-    "events",
     "export",
     "open_client",
     "run",
+    "run_events",
     "run_local",
     "run_steps",
 ]
@@ -69,8 +69,8 @@ _HOME_OF = {
     "RemoteUnit": "nextgpu_node.sdk.unit",
     "export": "nextgpu_node.graph.export",
     "open_client": "nextgpu_node.sdk.client",
-    "events": "nextgpu_node.sdk.sync",
     "run": "nextgpu_node.sdk.sync",
+    "run_events": "nextgpu_node.sdk.sync",
     "run_local": "nextgpu_node.graph.local",
     "run_steps": "nextgpu_node.sdk.sync",
 }

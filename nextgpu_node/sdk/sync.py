@@ -2,7 +2,7 @@
 
     ys = nextgpu.run(program, x)                    one step, outputs by name
     results = nextgpu.run_steps(program, steps)     a scan, or a batch of steps, on one peer
-    with nextgpu.events(program, steps) as events:  progress, results, checkpoints, receipt
+    with nextgpu.run_events(program, steps) as events:  progress, results, checkpoints, receipt
         for event in events: ...
 
 Each opens a unit of its own, in a thread of its own: usable anywhere, also below asyncio or trio.
@@ -67,7 +67,7 @@ def run_steps(
     `carry` goes on from an earlier Checkpoint.  The receipt is verified before this returns.
     """
     checked = (_checked(program, xs) for xs in steps)
-    with events(program, checked, needs=needs, paths=paths, carry=carry) as found:
+    with run_events(program, checked, needs=needs, paths=paths, carry=carry) as found:
         results = [e.tensors for e in found if isinstance(e, StepResult | FinalResult)]
     if not results:
         raise JobFailed("The unit ended without results.")
@@ -80,7 +80,7 @@ def _checked(program: Program, xs: Mapping[str, Tensor]) -> Mapping[str, Tensor]
 
 
 @contextmanager
-def events(
+def run_events(
     program: Program,
     steps: Iterable[Mapping[str, Tensor]],
     *,
