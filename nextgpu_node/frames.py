@@ -35,6 +35,7 @@ class FrameStream:
         self._decoder = FrameDecoder()
         self._ready: deque[Frame] = deque()
         self._send_lock = trio.StrictFIFOLock()
+        self._is_cut = False
 
     async def receive_untrusted(self) -> Frame | None:
         """The next frame, or None where the stream ended between two frames.
@@ -61,9 +62,17 @@ class FrameStream:
         return frame[1]
 
     async def send(self, kind: FrameKind, body: bytes = b"") -> None:
-        """Send one frame.  A cancelled send leaves half a frame: close the stream then."""
+        """Send one frame.
+
+        A cancelled or failed send leaves half a frame, which nothing can follow: later sends raise
+        trio.BrokenResourceError, and the stream is to be closed.
+        """
         async with self._send_lock:
+            if self._is_cut:
+                raise trio.BrokenResourceError("an earlier frame was cut")
+            self._is_cut = True
             await self._stream.send_all(encode_frame(kind, body))
+            self._is_cut = False
 
     async def aclose(self) -> None:
         await self._stream.aclose()

@@ -56,6 +56,8 @@ _REQUEST_DEADLINE_S = 10
 _EXIT_GRACE_S = 3
 _ACK_DEADLINE_S = 10
 _SEND_DEADLINE_S = 10
+# What a worker has left behind when it ends is at most a few frames on their way.
+_DRAIN_S = 15
 _EVENTS = 8
 
 
@@ -111,6 +113,8 @@ class LentUnit:
         self._session = Session("P")
         self._send_events, self._events = trio.open_memory_channel[core.Event](_EVENTS)
         self._pump_scopes: list[trio.CancelScope] = []
+        self._delivery = trio.CancelScope()
+        self._is_stopping = False
         self._worker: Worker | None = None
         self._worker_frames: FrameStream | None = None
         self._running: Running | None = None
@@ -145,6 +149,10 @@ class LentUnit:
             log.debug("unit.stop_was_late", unit_id=self.unit_id)
 
     def _stop_pumps(self) -> None:
+        """No more frames either way.  One that is going out may still finish, so that the receipt
+        can follow it."""
+        self._is_stopping = True
+        self._delivery.deadline = trio.current_time() + _SEND_DEADLINE_S
         for scope in self._pump_scopes:
             scope.cancel()
 
@@ -230,7 +238,10 @@ class LentUnit:
         self, request: Signed[UnitRequest], grant: Grant, nursery: trio.Nursery
     ) -> core.Event:
         offer = sign_message(self._make_offer(request, grant), self._identity.signing_key)
-        await self._send(FrameKind.OFFER, offer.data)
+        with trio.move_on_after(_SEND_DEADLINE_S) as deadline:
+            await self._send(FrameKind.OFFER, offer.data)
+        if deadline.cancelled_caught:
+            return core.UnitStopped(self.id, "submitter_lost", ErrorCode.SUBMITTER_LOST)
         nursery.start_soon(self._await_header)
         return core.OfferSent(self.id, offer)
 
@@ -309,13 +320,20 @@ class LentUnit:
         assert self._worker is not None
         self._worker.restart_clock(offer.message.max_seconds)
         log.info("unit.started", unit_id=self.unit_id)
-        for pump in (self._pump_in, self._pump_out):
-            nursery.start_soon(self._guard, pump)
+        nursery.start_soon(self._guard, self._pump_in, self._stoppable())
+        nursery.start_soon(self._guard, self._pump_out, self._delivery)
+        nursery.start_soon(self._guard, self._watch_worker, self._stoppable())
 
-    async def _guard(self, pump: Callable[[], Awaitable[core.Event]]) -> None:
+    def _stoppable(self) -> trio.CancelScope:
+        scope = trio.CancelScope()
+        self._pump_scopes.append(scope)
+        return scope
+
+    async def _guard(
+        self, pump: Callable[[], Awaitable[core.Event]], scope: trio.CancelScope
+    ) -> None:
         """Run one pump; whatever ends it early becomes one event."""
-        with trio.CancelScope() as scope:
-            self._pump_scopes.append(scope)
+        with scope:
             event: core.Event
             try:
                 event = await pump()
@@ -350,6 +368,8 @@ class LentUnit:
         assert self._running is not None
         assert self._worker_frames is not None
         while (frame := await self._receive_from_worker()) is not None:
+            if self._is_stopping:
+                break
             kind, body = frame
             if kind is FrameKind.END:
                 await self._send(FrameKind.END)
@@ -359,6 +379,15 @@ class LentUnit:
             self._running.outbound.count_untrusted(body, "output")
             await self._send(FrameKind.DATA, body)
         return await self._await_exit()
+
+    async def _watch_worker(self) -> core.Event:
+        """A worker that has ended while its results wait for a submitter that does not read."""
+        assert self._worker is not None
+        status = status_of_exit(await self._worker.wait())
+        await trio.sleep(_DRAIN_S)
+        if status == "done":
+            return core.UnitStopped(self.id, "submitter_lost", ErrorCode.SUBMITTER_LOST)
+        return core.WorkerEnded(self.id, status)
 
     async def _receive_from_worker(self) -> tuple[FrameKind, bytes] | None:
         assert self._worker_frames is not None

@@ -10,24 +10,24 @@ from nextgpu_protocol.codec import decode_message_untrusted, encode_message
 from nextgpu_protocol.envelope import TYPE_NAMES, domain, open_envelope_untrusted
 from nextgpu_protocol.errors import RemoteProtocolError
 from nextgpu_protocol.local import Assignment, Connect, SignDraft
-from nextgpu_protocol.messages import Refusal
-from nextgpu_protocol.records import UnitManifest, UnitSummary
 from tests.protocol.samples import SUBMITTER
+from tests.protocol.vectors import TYPES
 
-_SIGNED = tuple(TYPE_NAMES)
-CODEC_TYPES = (*_SIGNED, Refusal, UnitManifest, UnitSummary, Assignment, Connect, SignDraft)
+SIGNED_TYPES = tuple(TYPE_NAMES)
+CODEC_TYPES = (*TYPES.values(), Assignment, Connect, SignDraft)
 _RAW, _AS_ENVELOPE, _SIGNED_FIRST = range(3)
+WAY = 64
 
 
 def codec(data: bytes) -> None:
     if not data:
         return
-    way, choice = divmod(data[0], 64)
+    way, choice = divmod(data[0], WAY)
     body = data[1:]
     if way == _AS_ENVELOPE:
-        _open(_SIGNED[choice % len(_SIGNED)], body)
+        _open(SIGNED_TYPES[choice % len(SIGNED_TYPES)], body)
     elif way == _SIGNED_FIRST:
-        _open_signed(_SIGNED[choice % len(_SIGNED)], body)
+        _open_signed(SIGNED_TYPES[choice % len(SIGNED_TYPES)], body)
     else:
         _decode(CODEC_TYPES[choice % len(CODEC_TYPES)], body)
 

@@ -12,7 +12,7 @@ from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.messages import Refusal
 from nextgpu_protocol.records import Piece, RecordKind, RecordWriter, UnitSummary
 from tests.fuzz import program_seeds
-from tests.fuzz.codec import CODEC_TYPES
+from tests.fuzz.codec import CODEC_TYPES, SIGNED_TYPES, WAY
 from tests.fuzz.stream import END, FINAL, SEAL
 from tests.protocol.vectors import TYPES, Vector, load_vectors
 
@@ -39,8 +39,10 @@ def _codec() -> Iterator[bytes]:
 
 
 def _way(vector: Vector) -> int:
-    choice = CODEC_TYPES.index(TYPES[vector.params["type"]])
-    return choice + 64 * (vector.kind == "envelope")
+    cls = TYPES[vector.params["type"]]
+    if vector.kind == "envelope":
+        return WAY + SIGNED_TYPES.index(cls)
+    return CODEC_TYPES.index(cls)
 
 
 def _framing() -> Iterator[bytes]:

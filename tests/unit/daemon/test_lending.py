@@ -1,0 +1,194 @@
+"""What a submitter can make a lent unit wait for, and for how long: every wait has an end.
+
+The clock is trio's own for tests, the transport holds nothing that was not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from nextgpu_node.clock import now_ms
+from nextgpu_node.core.lending import Lending, UnitState
+from nextgpu_node.daemon.lending import LentUnit
+from nextgpu_node.frames import FrameStream
+from nextgpu_node.identity import Identity, SecretKey
+from nextgpu_node.store.token_ledger import TokenLedger
+from nextgpu_protocol.codec import decode_message_untrusted
+from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
+from nextgpu_protocol.errors import ErrorCode
+from nextgpu_protocol.framing import FrameKind, encode_frame
+from nextgpu_protocol.ids import PeerKey
+from nextgpu_protocol.limits import MAX_OFFER_LIFETIME_MS
+from nextgpu_protocol.messages import Offer, Receipt, Refusal, UnitRequest
+from tests.support.fake_worker import FakeWorker
+from tests.support.messages import POLICY, PROVIDER, REQUEST, SUBMITTER, header
+
+MAX_SECONDS = 30
+
+
+@dataclass
+class Lent:
+    """A unit of the provider's, seen from the submitter's end of its stream."""
+
+    unit: LentUnit
+    decider: Lending
+    worker: FakeWorker
+    stream: trio.abc.Stream
+    frames: FrameStream
+
+    async def ask(self) -> Signed[Offer]:
+        request = replace(
+            REQUEST,
+            issued_at_ms=now_ms(),
+            expires_at_ms=now_ms() + 60_000,
+            max_seconds=MAX_SECONDS,
+        )
+        await self.frames.send(FrameKind.REQUEST, sign_message(request, SUBMITTER).data)
+        return open_envelope_untrusted(Offer, await self.frames.expect_untrusted(FrameKind.OFFER))
+
+    async def take_up(self) -> None:
+        times = {"issued_at_ms": now_ms(), "expires_at_ms": now_ms() + 60_000}
+        await self.frames.send(FrameKind.HEADER, header(await self.ask(), **times).data)
+
+    async def receipt(self) -> Receipt:
+        body = await self.frames.expect_untrusted(FrameKind.RECEIPT)
+        return open_envelope_untrusted(Receipt, body).message
+
+    async def over(self) -> float:
+        """Until nothing is left of it; the time at which that was."""
+        await self.unit.finished.wait()
+        assert self.decider.used_slots == 0
+        assert self.decider.state_of(self.unit.id) is UnitState.OVER
+        return trio.current_time()
+
+
+async def _no_former_keys(_request: Signed[UnitRequest]) -> frozenset[PeerKey]:
+    return frozenset()
+
+
+@asynccontextmanager
+async def lent(tmp_path: Path) -> AsyncIterator[Lent]:
+    theirs, ours = trio.testing.lockstep_stream_pair()
+    worker: Any = FakeWorker()
+
+    async def take_worker(_memory_bytes: int) -> Any:
+        return worker
+
+    decider = Lending(PeerKey(bytes(PROVIDER.verify_key)), POLICY, table_version=1)
+    identity, ledger = Identity(SecretKey(bytes(PROVIDER))), TokenLedger(tmp_path / "tokens")
+    unit = LentUnit(1, ours, decider, take_worker, "test", identity, ledger, _no_former_keys)
+    with trio.fail_after(300):
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                await unit.run()
+                await trio.aclose_forcefully(ours)
+
+            nursery.start_soon(serve)
+            nursery.start_soon(worker.run_clock)
+            yield Lent(unit, decider, worker, theirs, FrameStream(theirs))
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_submitter_that_says_nothing_is_dropped_after_ten_seconds(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        assert await one.over() == pytest.approx(10, abs=0.1)
+
+
+async def test_a_request_of_one_byte_a_second_is_not_waited_for(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    frame = encode_frame(FrameKind.REQUEST, bytes(400))
+    async with lent(tmp_path) as one:
+        with suppress(trio.BrokenResourceError):
+            for byte in frame:
+                await trio.sleep(1)
+                await one.stream.send_all(bytes([byte]))
+        assert await one.over() <= 11
+
+
+async def test_an_offer_left_to_expire_is_withdrawn_and_its_worker_wiped(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        await one.ask()
+        body = await one.frames.expect_untrusted(FrameKind.ERROR)
+        assert decode_message_untrusted(Refusal, body).error_code() is ErrorCode.EXPIRED
+        assert await one.over() == pytest.approx(MAX_OFFER_LIFETIME_MS / 1000, abs=0.1)
+        assert one.worker.finished
+
+
+async def test_an_offer_that_is_not_even_read_is_dropped_after_ten_seconds(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        request = replace(REQUEST, issued_at_ms=now_ms(), expires_at_ms=now_ms() + 60_000)
+        await one.frames.send(FrameKind.REQUEST, sign_message(request, SUBMITTER).data)
+        assert await one.over() <= 11
+        assert one.worker.finished
+
+
+async def test_a_submitter_that_sends_no_input_is_timed_out_with_a_receipt(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        await one.take_up()
+        assert (await one.receipt()).status == "timed_out"
+        assert trio.current_time() == pytest.approx(MAX_SECONDS, abs=0.1)
+
+
+async def test_results_that_nobody_reads_are_dropped_after_the_worker_has_ended(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        await one.take_up()
+        await one.worker.inside.send_all(encode_frame(FrameKind.DATA, bytes(1000)) * 50)
+        # Its time (30 s), what was on its way (15 s), and the frame that was being sent (10 s).
+        assert await one.over() <= MAX_SECONDS + 15 + 10 + 1
+        assert one.worker.finished
+
+
+async def test_a_receipt_that_nobody_reads_is_dropped_after_ten_seconds(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        await one.take_up()
+        await one.worker.end("exited", 10)
+        assert await one.over() <= 11
+
+
+async def test_a_frame_that_is_going_out_when_the_unit_is_cancelled_comes_whole(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        await one.take_up()
+        await one.worker.inside.send_all(encode_frame(FrameKind.DATA, bytes(1000)) * 50)
+        await one.stream.receive_some(100)  # the rest of this frame is still on its way
+        await one.frames.send(FrameKind.CANCEL)
+        await trio.sleep(1)
+        rest = FrameStream(one.stream)
+        rest._decoder.feed(encode_frame(FrameKind.DATA, bytes(1000))[:100])
+        assert await rest.expect_untrusted(FrameKind.DATA) == bytes(1000)
+        body = await rest.expect_untrusted(FrameKind.RECEIPT)
+        receipt = open_envelope_untrusted(Receipt, body).message
+        assert receipt.status == "cancelled"
+        assert receipt.metering.output_bytes == 1000
+
+
+async def test_after_a_frame_that_was_cut_nothing_is_sent() -> None:
+    ours, _theirs = trio.testing.lockstep_stream_pair()
+    frames = FrameStream(ours)
+    with trio.move_on_after(0.01):
+        await frames.send(FrameKind.DATA, bytes(100))
+    with pytest.raises(trio.BrokenResourceError):
+        await frames.send(FrameKind.RECEIPT)
