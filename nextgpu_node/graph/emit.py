@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from nextgpu_node.errors import ProgramError
 from nextgpu_node.graph.explain import lines_of_trace, refuse_line
 from nextgpu_node.graph.optable import ABSENT_NAMES, TABLE, Kind, Parameter, Row
+from nextgpu_node.graph.recurrent import STANDS_FOR
 from nextgpu_node.graph.tensors import DTYPE_NAMES
 from nextgpu_protocol.program import (
     BOOL,
@@ -73,20 +74,34 @@ _ZEROS: dict[OpOverload, str] = {
     _aten.new_empty.default: "aten.new_zeros.default",
 }
 
+# A view is possible or not by how its input lies in memory, which may differ on the machine that
+# runs the program; reshape views where it can and copies where it must.
+_VIEWS: dict[OpOverload, str] = {
+    _aten.view.default: "aten.reshape.default",
+    _aten._unsafe_view.default: "aten.reshape.default",
+    _aten._reshape_copy.default: "aten.reshape.default",
+}
+
+# Training and inference differ by the dropout between layers only.
+_RECURRENT = frozenset(STANDS_FOR.values())
+
 _CASTS: dict[OpOverload, str] = {
     _aten.to.device: "aten._to_copy.default",
     _aten.to.dtype: "aten._to_copy.default",
     _aten.to.dtype_layout: "aten._to_copy.default",
 }
 
+_RENAMED = _ZEROS | _VIEWS | _CASTS | STANDS_FOR
+
 # Functional tracing writes inference batch norm as a kernel that trusts its statistics; the
 # table has the layer that checks them.
 _INFERENCE_BATCH_NORM = _aten._native_batch_norm_legit_no_training.default
 
+# A product for each expert of a mixture; the kernels trust their offsets, the table's own does not.
+_GROUPED_MM = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
+
 # What emission deals with though the table does not have it.
-HANDLED: frozenset[OpOverload] = (
-    _CHECKS | _COPIES | _ZEROS.keys() | _CASTS.keys() | {_INFERENCE_BATCH_NORM}
-)
+HANDLED: frozenset[OpOverload] = _CHECKS | _COPIES | _RENAMED.keys() | {_INFERENCE_BATCH_NORM}
 
 _SIZE_CALLS: dict[Callable[..., Any], str] = {
     operator.add: "sym.add",
@@ -247,17 +262,24 @@ class Emitter:
             return args[0]
         if target is _INFERENCE_BATCH_NORM:
             return self._batch_norm(args)
+        if str(target) in _GROUPED_MM and _is_plain_product(args, kwargs):
+            ends = args[2] if len(args) > 2 else kwargs["offs"]
+            return self.append("nextgpu.grouped_mm", (args[0], args[1], ends), TENSOR)
         if _has_unknown_sizes(node.meta["val"]):
             _fail(
                 node,
                 f"the shape of {target} depends on values",
                 "use torch.where or a mask of fixed shape instead",
             )
-        op = _ZEROS.get(target) or _CASTS.get(target) or str(target)
+        op = _RENAMED.get(target) or str(target)
         row = TABLE.get(op)
         if row is None:
             _refuse(node, op)
-        given = _bind(node, target, args, kwargs)
+        given = _bind(target, args, kwargs)
+        if op in _RECURRENT and (given["dropout"] == 0 or given["num_layers"] == 1):
+            given["train"] = False
+        if target in _VIEWS:
+            given["shape"] = given.pop("size")
         if target in _COPIES and _changes_nothing(node, given):
             return args[0]
         positional, named = _arrange(node, row, given)
@@ -309,14 +331,17 @@ def _is_inert_dropout(target: OpOverload, args: Sequence[Value]) -> bool:
     return target in dropouts and (args[2] is False or args[1] == 0)
 
 
+def _is_plain_product(args: Sequence[Value], kwargs: dict[str, Value]) -> bool:
+    extra = [*args[3:], kwargs.get("bias"), kwargs.get("out_dtype")]
+    return all(one is None for one in extra) and (len(args) > 2 or kwargs.get("offs") is not None)
+
+
 def _has_unknown_sizes(result: Any) -> bool:
     results = result if isinstance(result, (tuple, list)) else (result,)
     return any(isinstance(one, torch.Tensor) and free_unbacked_symbols(one) for one in results)
 
 
-def _bind(
-    node: torch.fx.Node, target: OpOverload, args: Sequence[Value], kwargs: dict[str, Value]
-) -> dict[str, Value]:
+def _bind(target: OpOverload, args: Sequence[Value], kwargs: dict[str, Value]) -> dict[str, Value]:
     """The arguments by name, without those that only repeat the default."""
     given: dict[str, Value] = {}
     schema = target._schema.arguments
@@ -348,6 +373,9 @@ def _arrange(
     positional: list[Argument] = []
     named: dict[str, Argument] = {}
     gap = False
+    lost = given.keys() - {parameter.name for parameter in row.parameters}
+    if lost:
+        _fail(node, f"{row.op} is traced with {min(lost)}", "report this model to us")
     for parameter in row.parameters:
         if parameter.name not in given or parameter.name in ABSENT_NAMES:
             gap = True
@@ -434,4 +462,15 @@ def _refuse(node: torch.fx.Node, op: str) -> NoReturn:
 
 
 def _fail(node: torch.fx.Node, what: str, remedy: str) -> NoReturn:
-    refuse_line(lines_of_trace(node.meta.get("stack_trace")), what, remedy)
+    refuse_line(lines_of_trace(node.meta.get("stack_trace")), what, remedy, _layer(node))
+
+
+def _layer(node: torch.fx.Node) -> str:
+    """The innermost module that was running, for lines that only torch's own layers have."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    path, kind = stack[-1]
+    kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    path = str(path).removeprefix("L['self'].").removeprefix("model").lstrip(".")
+    return f"the layer {path} ({kind})" if path else f"a {kind}"

@@ -63,12 +63,12 @@ def lines_of_error(exc: BaseException) -> list[Line]:
     ]
 
 
-def describe_place(lines: Sequence[Line]) -> str:
+def describe_place(lines: Sequence[Line], layer: str = "") -> str:
     """The submitter's innermost line, and the library's line that it led to, if it did."""
     shown = [line for line in lines if not line.is_machinery]
     own = [line for line in shown if not line.is_library]
     if not shown:
-        return "an unknown line"
+        return layer or "an unknown line"
     if not own:
         return str(shown[-1])
     if shown[-1] is own[-1]:
@@ -76,8 +76,8 @@ def describe_place(lines: Sequence[Line]) -> str:
     return f"{own[-1]}\n  reached {shown[-1]}"
 
 
-def refuse_line(lines: Sequence[Line], what: str, remedy: str) -> NoReturn:
-    raise ProgramError(f"{describe_place(lines)}\n  {what}; {remedy}.")
+def refuse_line(lines: Sequence[Line], what: str, remedy: str, layer: str) -> NoReturn:
+    raise ProgramError(f"{describe_place(lines, layer)}\n  {what}; {remedy}.")
 
 
 def tracing_failed(exc: Exception) -> ProgramError:

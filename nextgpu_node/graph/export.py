@@ -40,6 +40,7 @@ from nextgpu_node.graph.calls import (
 from nextgpu_node.graph.emit import Emitter
 from nextgpu_node.graph.explain import tracing_failed
 from nextgpu_node.graph.lower import lower, quiet
+from nextgpu_node.graph.recurrent import StandIns
 from nextgpu_node.graph.tensors import DTYPE_NAMES, spec_of
 from nextgpu_protocol.program import Dimension, DType, ProgramSpec, Ref, Symbol, TensorSpec
 from nextgpu_protocol.program_limits import MAX_DIMENSION
@@ -141,7 +142,7 @@ def _trace(
     examples = _distinct(_at_least_two(leaves, names))
     call = _Call(target, args, kwargs, names)
     try:
-        with quiet():
+        with quiet(), StandIns(recurrent=bool(names.sizes)):
             exported = torch.export.export(
                 call, examples, dynamic_shapes=(tuple(marks),) if leaves else None, strict=False
             )
@@ -257,13 +258,21 @@ def _check_sizes(exported: ExportedProgram, names: _Names) -> None:
     for path, name in zip(names.inputs, exported.graph_signature.user_inputs, strict=True):
         shape = placeholders[str(name)].meta["val"].shape
         for dim, size in enumerate(shape):
-            symbol = names.sizes.get((path, dim))
-            if symbol is not None and isinstance(size, int):
+            symbol, fixed = names.sizes.get((path, dim)), _fixed_size(size)
+            if symbol is not None and fixed is not None:
+                where = _fixed_where(placeholders.values(), fixed)
                 raise ProgramError(
                     f"{symbol}, dimension {dim} of {path}, can not vary: the model fixes it to "
-                    f"{size}{_fixed_where(placeholders.values(), size)}.  Leave it out of dynamic, "
-                    "or change the line to work at any size (no int(), no numbers of the example)."
+                    f"{fixed}{where}.  Leave it out of dynamic, or change the line to work at any "
+                    "size (no int(), no numbers taken from the example)."
                 )
+
+
+def _fixed_size(size: Any) -> int | None:
+    """The number that a traced size is, or became later in the trace."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.expr) if size.node.expr.is_number else None
+    return int(size)
 
 
 def _fixed_where(placeholders: Any, size: int) -> str:
@@ -304,7 +313,11 @@ class _Assembly:
         self._carry: dict[str, tuple[Ref, torch.Tensor]] = {}
         self._xs: list[tuple[Ref, TensorSpec]] = []
         self._symbols: dict[Any, str] = {}
-        self._mutated = set(exported.graph_signature.buffers_to_mutate.values())
+        signature = exported.graph_signature
+        self._mutated = {
+            *signature.buffers_to_mutate.values(),
+            *signature.parameters_to_mutate.values(),
+        }
 
     def program(self, stop: str | None) -> Program:
         given = self._inputs()
@@ -431,7 +444,7 @@ class _Assembly:
         ys: list[tuple[Ref, TensorSpec]] = []
         specs = self._exported.graph_signature.output_specs
         for spec, value, node in zip(specs, outputs, nodes, strict=True):
-            if spec.kind is OutputKind.BUFFER_MUTATION:
+            if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
                 carried[self._name_of(spec.target or "")] = value
             elif spec.kind is OutputKind.USER_OUTPUT:
                 name = _unique(_clean(next(names)), {one.name for _, one in ys})

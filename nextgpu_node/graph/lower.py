@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._export.utils import _get_decomp_for_cia
+from torch._library.custom_ops import OPDEFS
 from torch.export import ExportedProgram
 
 from nextgpu_node.graph.emit import HANDLED
 from nextgpu_node.graph.explain import tracing_failed
 from nextgpu_node.graph.optable import TABLE
+from nextgpu_node.graph.rules import RULES, RULES_BY_NAME, RULES_OUTSIDE_THE_TABLE
 
 _MAX_ROUNDS = 8
 
@@ -29,7 +31,7 @@ def lower(exported: ExportedProgram) -> ExportedProgram:
     """
     if _is_lowered(exported):
         return exported
-    table: dict[Any, Callable[..., Any]] = {}
+    table: dict[Any, Callable[..., Any]] = _rules_outside_the_table(exported)
     for _ in range(_MAX_ROUNDS):
         try:
             with quiet():
@@ -77,6 +79,7 @@ def _is_lowered(exported: ExportedProgram) -> bool:
         and not any(isinstance(t, torch._ops.HigherOrderOperator) for t in targets)
         and not any(op._schema.is_mutable for op in operators)
         and not _unknown(exported)
+        and not _rules_outside_the_table(exported)
     )
 
 
@@ -93,14 +96,28 @@ def _unknown(exported: ExportedProgram) -> set[torch._ops.OpOverload]:
 
 
 def _decomposition(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
-    for rules in (decomposition_table, _core_decompositions()):
+    for rules in (RULES, decomposition_table, _core_decompositions()):
         if op in rules:
             rule: Callable[..., Any] = rules[op]
             return rule
+    if str(op) in RULES_BY_NAME:
+        return RULES_BY_NAME[str(op)]
+    if op.namespace == "prims":
+        in_aten: Callable[..., Any] | None = getattr(op, "impl_aten", None)
+        return in_aten
+    if op._name in OPDEFS:
+        # An operator of the submitter's own: its body, if that is made of torch operators.
+        body: Callable[..., Any] = OPDEFS[op._name]._init_fn
+        return body
     if torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd"):
         composite: Callable[..., Any] = _get_decomp_for_cia(op)
         return composite
     return None
+
+
+def _rules_outside_the_table(exported: ExportedProgram) -> dict[Any, Callable[..., Any]]:
+    used = {node.target for node in exported.graph.nodes}
+    return {op: rule for op, rule in RULES_OUTSIDE_THE_TABLE.items() if op in used}
 
 
 def _core_decompositions() -> dict[Any, Callable[..., Any]]:

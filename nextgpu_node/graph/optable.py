@@ -29,6 +29,7 @@ import torch
 from torch._ops import OpOverload
 
 from nextgpu_node.graph.bounds import CHECKS, WORKSPACE, Check, Workspace
+from nextgpu_protocol.program import DTYPE_BYTES, DType
 from nextgpu_protocol.program_limits import TABLE_VERSION as TABLE_VERSION
 
 _aten = torch.ops.aten
@@ -333,7 +334,17 @@ _ELEMENTWISE: tuple[OpOverload, ...] = (
     _aten.softshrink.default,
     _aten.special_bessel_j0.default,
     _aten.special_bessel_j1.default,
+    _aten.special_bessel_y0.default,
+    _aten.special_bessel_y1.default,
+    _aten.special_airy_ai.default,
     _aten.special_entr.default,
+    _aten.special_modified_bessel_i0.default,
+    _aten.special_modified_bessel_i1.default,
+    _aten.special_modified_bessel_k0.default,
+    _aten.special_modified_bessel_k1.default,
+    _aten.special_scaled_modified_bessel_k0.default,
+    _aten.special_scaled_modified_bessel_k1.default,
+    _aten.special_spherical_bessel_j0.default,
     _aten.special_erfcx.default,
     _aten.special_expit.default,
     _aten.special_i0e.default,
@@ -401,6 +412,7 @@ _REDUCTIONS: tuple[OpOverload, ...] = (
     _aten.cumulative_trapezoid.x,
     _aten.diff.default,
     _aten.dist.default,
+    _aten.histc.default,
     _aten.isin.Scalar_Tensor,
     _aten.isin.Tensor_Scalar,
     _aten.isin.Tensor_Tensor,
@@ -573,6 +585,7 @@ _INDEXING: tuple[OpOverload, ...] = (
     _aten.index_put.default,
     _aten.index_select.default,
     _aten.masked_scatter.default,
+    _aten.nonzero_static.default,
     _aten.put.default,
     _aten.scatter.src,
     _aten.scatter.value,
@@ -616,6 +629,14 @@ _FACTORIES: tuple[OpOverload, ...] = (
 
 # Products and decompositions.
 _LINEAR_ALGEBRA: tuple[OpOverload, ...] = (
+    _aten._cdist_forward.default,
+    _aten._int_mm.default,
+    _aten._linalg_det.default,
+    _aten._linalg_eigvals.default,
+    _aten._linalg_slogdet.default,
+    _aten._linalg_solve_ex.default,
+    _aten._linalg_svd.default,
+    _aten._pdist_forward.default,
     _aten.addbmm.default,
     _aten.addmm.default,
     _aten.addmv.default,
@@ -626,6 +647,7 @@ _LINEAR_ALGEBRA: tuple[OpOverload, ...] = (
     _aten.cdist.default,
     _aten.chain_matmul.default,
     _aten.cholesky.default,
+    _aten.cholesky_inverse.default,
     _aten.cholesky_solve.default,
     _aten.cosine_similarity.default,
     _aten.cross.default,
@@ -640,9 +662,13 @@ _LINEAR_ALGEBRA: tuple[OpOverload, ...] = (
     _aten.linalg_cross.default,
     _aten.linalg_det.default,
     _aten.linalg_diagonal.default,
+    _aten.linalg_eig.default,
+    _aten.linalg_eigvals.default,
+    _aten.linalg_householder_product.default,
     _aten.linalg_inv.default,
     _aten.linalg_inv_ex.default,
     _aten.linalg_lu.default,
+    _aten.linalg_lu_factor_ex.default,
     _aten.linalg_matmul.default,
     _aten.linalg_matrix_exp.default,
     _aten.linalg_matrix_power.default,
@@ -787,6 +813,12 @@ _TEXTS: dict[OpOverload, dict[str, tuple[str, ...]]] = {
     _aten.linalg_qr.default: {"mode": ("reduced",)},
     _aten.linalg_eigh.default: {"UPLO": ("L", "U")},
     _aten.linalg_eigvalsh.default: {"UPLO": ("L", "U")},
+    _aten._linalg_eigh.default: {"UPLO": ("L", "U")},
+}
+
+# Bits read as another dtype.  Not as bool: kernels rely on a bool being 0 or 1.
+_DTYPE_CHOICES: dict[OpOverload, dict[str, tuple[Any, ...]]] = {
+    _aten.view.dtype: {"dtype": tuple(DType(name) for name in DTYPE_BYTES if name != "bool")},
 }
 
 # Layers that, when training, draw random numbers or write to their statistics in place: the one
@@ -1074,6 +1106,46 @@ def _size_row(name: str) -> Row:
     return Row(name, call, parameters, returns, symbolic=True)
 
 
+# ---------------------------------------------------------------- experts
+
+
+def _grouped_mm(tokens: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows [ends[e-1], ends[e]) of (rows, k) tokens times weights[e], (experts, k, n): (rows, n).
+
+    Rows past the last end are zeros.  Ends are values of a stranger: each is clamped.
+    """
+    out = tokens.new_zeros(tokens.shape[0], weights.shape[2])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        stop = min(int(end), tokens.shape[0])
+        if start < stop:
+            out[start:stop] = tokens[start:stop] @ weights[expert]
+            start = stop
+    return out
+
+
+def _grouped_shape(tokens: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    rows, size = tokens.shape
+    experts, inner, outputs = weights.shape
+    if inner != size or tuple(ends.shape) != (experts,) or tokens.dtype is not weights.dtype:
+        raise ValueError("tokens, weights and ends do not fit together")
+    if ends.dtype not in (torch.int32, torch.int64):
+        raise ValueError("ends are not integers")
+    return torch.empty((rows, outputs), dtype=tokens.dtype, device="meta")
+
+
+_GROUPED_MM = Row(
+    "nextgpu.grouped_mm",
+    _grouped_mm,
+    tuple(
+        Parameter(name, Kind.TENSOR, optional=False, required=True, keyword_only=False)
+        for name in ("tokens", "weights", "ends")
+    ),
+    "t",
+    shape_call=_grouped_shape,
+)
+
+
 def _build() -> dict[str, Row]:
     tensor = Parameter("self", Kind.TENSOR, optional=False, required=True, keyword_only=False)
     dim = Parameter("dim", Kind.INT, optional=False, required=True, keyword_only=False)
@@ -1082,6 +1154,8 @@ def _build() -> dict[str, Row]:
     rows.append(Row("aten.sym_numel.default", _count_elements, (tensor,), "i", symbolic=True))
     rows += [_row(op) for group in _PLAIN for op in group]
     rows += [_row(op, texts) for op, texts in _TEXTS.items()]
+    rows += [_row(op, dtypes) for op, dtypes in _DTYPE_CHOICES.items()]
+    rows.append(_GROUPED_MM)
     rows += [_row(op, {flag: (value,)}) for op, (flag, value) in _INFERENCE_ONLY.items()]
     rows += [_row(op, texts, count) for op, (count, texts) in _LISTS.items()]
     return {row.op: row for row in rows}

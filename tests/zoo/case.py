@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from nextgpu_node.graph.artifact import Program
+from nextgpu_node.graph.calls import output_leaves
 from nextgpu_node.graph.export import export
 from nextgpu_node.graph.local import make_machine, match_inputs
 
@@ -100,12 +99,14 @@ def _compare(
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors of an output, in order: containers, dataclasses and caches are looked into."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Mapping)):
-        value = [getattr(value, one.name) for one in dataclasses.fields(value)]
-        return [leaf for item in value for leaf in tensors_in(item)]
-    leaves = pytree.tree_leaves(value)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    """What a model returned, as tensors: containers, dataclasses and caches are looked into."""
+    return [
+        leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, dtype=_DTYPES[type(leaf)])
+        for _, leaf in output_leaves(value)
+    ]
+
+
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 def relative_difference(result: torch.Tensor, wanted: torch.Tensor) -> float:

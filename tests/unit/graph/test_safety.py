@@ -10,7 +10,15 @@ import nextgpu_protocol
 
 ROOM = Path(nextgpu_node.graph.__path__[0])
 PROTOCOL = Path(nextgpu_protocol.__path__[0])
-SUBMITTER_ONLY = {"calls.py", "emit.py", "explain.py", "export.py", "lower.py"}
+SUBMITTER_ONLY = {
+    "calls.py",
+    "emit.py",
+    "explain.py",
+    "export.py",
+    "lower.py",
+    "recurrent.py",
+    "rules.py",
+}
 FORBIDDEN_NAMES = {
     "eval",
     "exec",
