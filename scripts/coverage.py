@@ -87,7 +87,7 @@ def _tried(case: Case, model: Model) -> dict[str, Any]:
 
 
 def run(results: Path, only: list[str]) -> list[dict[str, Any]]:
-    done = {} if only else _read(results)
+    done = _read(results)
     with results.open("a") as file:
         for section, cases in SECTIONS.items():
             for case in _mixed(cases):

@@ -98,7 +98,12 @@ _RENAMED = _ZEROS | _VIEWS | _CASTS | STANDS_FOR
 _INFERENCE_BATCH_NORM = _aten._native_batch_norm_legit_no_training.default
 
 # A product for each expert of a mixture; the kernels trust their offsets, the table's own does not.
-_GROUPED_MM = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
+GROUPED_MM = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
+
+# Regions whose bodies are emitted in place.
+INLINED: frozenset[HigherOrderOperator] = frozenset(
+    {torch.ops.higher_order.wrap_with_set_grad_enabled}
+)
 
 # What emission deals with though the table does not have it.
 HANDLED: frozenset[OpOverload] = _CHECKS | _COPIES | _RENAMED.keys() | {_INFERENCE_BATCH_NORM}
@@ -262,7 +267,7 @@ class Emitter:
             return args[0]
         if target is _INFERENCE_BATCH_NORM:
             return self._batch_norm(args)
-        if str(target) in _GROUPED_MM and _is_plain_product(args, kwargs):
+        if str(target) in GROUPED_MM and _is_plain_product(args, kwargs):
             ends = args[2] if len(args) > 2 else kwargs["offs"]
             return self.append("nextgpu.grouped_mm", (args[0], args[1], ends), TENSOR)
         if _has_unknown_sizes(node.meta["val"]):

@@ -14,9 +14,10 @@ import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._export.utils import _get_decomp_for_cia
 from torch._library.custom_ops import OPDEFS
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 
-from nextgpu_node.graph.emit import HANDLED
+from nextgpu_node.graph.emit import GROUPED_MM, HANDLED, INLINED
 from nextgpu_node.graph.explain import tracing_failed
 from nextgpu_node.graph.optable import TABLE
 from nextgpu_node.graph.rules import RULES, RULES_BY_NAME, RULES_OUTSIDE_THE_TABLE
@@ -31,14 +32,14 @@ def lower(exported: ExportedProgram) -> ExportedProgram:
     """
     if _is_lowered(exported):
         return exported
-    table: dict[Any, Callable[..., Any]] = _rules_outside_the_table(exported)
+    table = _rules_outside_the_table(exported) | _decompositions(exported)
     for _ in range(_MAX_ROUNDS):
         try:
             with quiet():
                 exported = exported.run_decompositions(dict(table))
         except Exception as exc:
             raise tracing_failed(exc) from exc
-        found = {op: rule for op in _unknown(exported) if (rule := _decomposition(op))}
+        found = _decompositions(exported)
         if not found.keys() - table.keys():
             break
         table |= found
@@ -69,33 +70,47 @@ def quiet() -> Iterator[None]:
 
 def _is_lowered(exported: ExportedProgram) -> bool:
     """Nothing to do, which saves tracing the model a second time: every operator is in the table,
-    none writes to its arguments, and there is no region inside the graph."""
-    targets = {
-        node.target for node in exported.graph_module.graph.nodes if node.op == "call_function"
-    }
-    operators = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
+    none writes to its arguments, and the regions inside the graph are of those that emission
+    writes out in place."""
+    targets = {node.target for node in _calls(exported)}
+    regions = {one for one in targets if isinstance(one, HigherOrderOperator)}
     return (
         not exported.graph_signature.buffers_to_mutate
-        and not any(isinstance(t, torch._ops.HigherOrderOperator) for t in targets)
-        and not any(op._schema.is_mutable for op in operators)
+        and not exported.graph_signature.parameters_to_mutate
+        and not any(is_mutable(one) for one in targets)
+        and regions <= INLINED
         and not _unknown(exported)
         and not _rules_outside_the_table(exported)
     )
 
 
-def _unknown(exported: ExportedProgram) -> set[torch._ops.OpOverload]:
+def is_mutable(target: Any) -> bool:
+    return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def _calls(exported: ExportedProgram) -> Iterator[torch.fx.Node]:
+    for module in exported.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from (node for node in module.graph.nodes if node.op == "call_function")
+
+
+def _unknown(exported: ExportedProgram) -> set[OpOverload]:
     return {
         node.target
-        for module in exported.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for node in module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
+        for node in _calls(exported)
+        if isinstance(node.target, OpOverload)
+        and not is_mutable(node.target)
         and node.target not in HANDLED
         and str(node.target) not in TABLE
+        and str(node.target) not in GROUPED_MM
     }
 
 
-def _decomposition(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
+def _decompositions(exported: ExportedProgram) -> dict[Any, Callable[..., Any]]:
+    return {op: rule for op in _unknown(exported) if (rule := _decomposition(op))}
+
+
+def _decomposition(op: OpOverload) -> Callable[..., Any] | None:
     for rules in (RULES, decomposition_table, _core_decompositions()):
         if op in rules:
             rule: Callable[..., Any] = rules[op]
@@ -116,7 +131,7 @@ def _decomposition(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
 
 
 def _rules_outside_the_table(exported: ExportedProgram) -> dict[Any, Callable[..., Any]]:
-    used = {node.target for node in exported.graph.nodes}
+    used = {node.target for node in _calls(exported)}
     return {op: rule for op, rule in RULES_OUTSIDE_THE_TABLE.items() if op in used}
 
 

@@ -1119,7 +1119,7 @@ def _grouped_mm(tokens: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor)
     for expert, end in enumerate(ends.tolist()):
         stop = min(int(end), tokens.shape[0])
         if start < stop:
-            out[start:stop] = tokens[start:stop] @ weights[expert]
+            torch.mm(tokens[start:stop], weights[expert], out=out[start:stop])
             start = stop
     return out
 

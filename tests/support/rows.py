@@ -241,6 +241,14 @@ _IMAGE = tensor(2, 3, 8, 8)
 _VOLUME = tensor(2, 3, 4, 4, 4)
 
 _WRITTEN: dict[str, Callable[[], _Call]] = {
+    "nextgpu.grouped_mm": _call(tensor(5, 4), tensor(2, 4, 3), torch.tensor([2, 5])),
+    "aten._int_mm.default": _call(
+        torch.ones(24, 16, dtype=torch.int8), torch.ones(16, 8, dtype=torch.int8)
+    ),
+    "aten._cdist_forward.default": _call(tensor(3, 4), tensor(5, 4), 2.0, None),
+    "aten.linalg_householder_product.default": _call(tensor(4, 3), tensor(3)),
+    "aten.nonzero_static.default": _call(tensor(3, 4, dtype=torch.bool), size=5),
+    "aten.view.dtype": _call(tensor(3, 4), torch.int32),
     "aten.clamp.Tensor": _call(tensor(3, 4), tensor(4)),
     "aten.clip.Tensor": _call(tensor(3, 4), tensor(4)),
     "aten.clamp.default": _call(tensor(3, 4), 0.5),

@@ -90,8 +90,8 @@ def _takes(default: PreTrainedConfig, name: str) -> bool:
     name = default.attribute_map.get(name, name)
     if name not in default.to_dict():
         return False
-    value = getattr(default, name)
-    return not isinstance(value, dict) and (not isinstance(value, list) or name.startswith("conv"))
+    value, small = getattr(default, name), SMALL.get(name)
+    return isinstance(value, (list, tuple)) == isinstance(small, tuple) and value is not dict
 
 
 def tokens(*shape: int) -> torch.Tensor:
