@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 
 
 def load_program(path: Path) -> Program:
-    """The program at `path`.  Raises UsageError or ProgramError, which name the file."""
+    """The program at `path`.  Raises ProgramError, which names the file."""
     try:
         return Program.load(path)
-    except OSError as exc:
-        raise UsageError(f"{path}: can not be read: {exc.strerror}.") from exc
     except ProgramError as exc:
         if str(path) in str(exc):
             raise

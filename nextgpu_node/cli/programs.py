@@ -63,16 +63,40 @@ def export(
     return 0
 
 
-def inspect(program: Annotated[Path, Parameter(name="FILE")], /, *, ctx: Ctx) -> int:
-    """Say what a program file holds: inputs, outputs, operators, sizes."""
+def inspect(
+    program: Annotated[Path, Parameter(name="FILE")],
+    /,
+    *,
+    size: Annotated[
+        tuple[str, ...],
+        Parameter(help="name=number, a size to estimate the memory for; may be repeated."),
+    ] = (),
+    ctx: Ctx,
+) -> int:
+    """Say what a program file holds: inputs, outputs, operators, sizes, memory.
+
+    Nothing of the program is run.
+    """
+    sizes = _parse_sizes(size)
     from nextgpu_node.cli.inputs import load_program
 
-    loaded = load_program(program)
+    description = load_program(program).describe(sizes)
     if ctx.out.json:
-        ctx.out.print_json(file=str(program), summary=loaded.summary())
+        ctx.out.print_json(file=str(program), bytes=program.stat().st_size, **description.facts())
     else:
-        ctx.out.say(*loaded.summary().splitlines())
+        ctx.out.say(*description.lines())
     return 0
+
+
+def _parse_sizes(options: tuple[str, ...]) -> dict[str, int]:
+    """{"batch": 8} of ("batch=8",)."""
+    sizes = {}
+    for option in options:
+        name, equals, number = option.partition("=")
+        if not (equals and name and number.isascii() and number.isdigit()):
+            raise UsageError(f"--size takes name=number such as batch=8, not {option!r}.")
+        sizes[name] = int(number)
+    return sizes
 
 
 def _parse_dynamic(options: tuple[str, ...]) -> dict[str, dict[int, str]]:

@@ -12,7 +12,6 @@ import os
 import secrets
 import stat
 import struct
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import BinaryIO
 import torch
 
 from nextgpu_node.errors import ProgramError
+from nextgpu_node.graph.describe import Description, describe
 from nextgpu_node.graph.tensors import (
     SymbolBinding,
     TensorImageReader,
@@ -30,7 +30,6 @@ from nextgpu_node.graph.tensors import (
 )
 from nextgpu_protocol.errors import LocalProtocolError, RemoteProtocolError
 from nextgpu_protocol.program import (
-    Graph,
     ProgramSpec,
     TensorSpec,
     decode_program_untrusted,
@@ -96,19 +95,17 @@ class Program:
     def load(cls, path: str | os.PathLike[str]) -> Program:
         """Read a file that anyone may have written.
 
-        Takes no more memory than the file has bytes.  ProgramError says what is wrong with it;
-        OSError where it can not be read.
+        Takes no more memory than the file has bytes.  ProgramError says what is wrong with it,
+        or why it can not be read.
         """
-        # Without O_NONBLOCK a named pipe in place of the file would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = _open_untrusted(path)
         with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ProgramError(f"{path} is not a regular file.")
             try:
-                return cls._read(file, status.st_size)
+                return cls._read(file, os.fstat(descriptor).st_size)
             except (LocalProtocolError, RemoteProtocolError) as exc:
-                raise ProgramError(f"{path} is not a program that can be used: {exc}") from exc
+                raise ProgramError(f"{path}: is not a program that can be used: {exc}") from exc
+            except OSError as exc:
+                raise ProgramError(f"{path}: can not be read: {exc.strerror}.") from exc
 
     @classmethod
     def _read(cls, file: BinaryIO, size: int) -> Program:
@@ -126,29 +123,31 @@ class Program:
             _read_image(file, carry_specs, carry),
         )
 
-    def summary(self) -> str:
-        """Several lines for people: inputs, outputs, operators, sizes, memory."""
-        spec = self.spec
-        constants = sum(tensor.nbytes for tensor in self.constants.values())
-        carry = sum(one.nbytes() for one in spec.carry if _is_fixed(one))
-        lines = [
-            f"program    version {spec.version}, operator table {spec.min_table_version}, "
-            f"{len(encode_program(spec)):,} bytes",
-            f"constants  {len(spec.constants)} tensors, {_size(constants)}",
-            f"carry      {len(spec.carry)} tensors, {_size(carry)}"
-            + (", made by the init graph" if spec.init else ""),
-        ]
-        lines += [f"input      {_describe(one)}" for one in spec.xs]
-        lines += [f"output     {_describe(one)}" for one in spec.ys]
-        lines += [
-            f"size       {symbol.name}: {symbol.minimum} … {symbol.maximum}"
-            for symbol in spec.symbols
-        ]
-        if spec.stop is not None:
-            lines.append(f"stop       when {spec.ys[spec.stop].name} is true")
-        for role, graph in spec.graphs.items():
-            lines += _describe_graph(role, graph)
-        return "\n".join(lines)
+    def describe(self, sizes: Mapping[str, int] | None = None) -> Description:
+        """What the program holds, and the memory that a step of these sizes needs.
+
+        `sizes`: of the symbols, by name; those left out are as small as is allowed.  ProgramError
+        where no worker would run the program, or a size is not one of its own.
+        """
+        return describe(self.spec, sizes)
+
+    def summary(self, sizes: Mapping[str, int] | None = None) -> str:
+        """`describe`, as several lines for people."""
+        return "\n".join(self.describe(sizes).lines())
+
+
+def _open_untrusted(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a regular file."""
+    try:
+        # Without O_NONBLOCK a named pipe in place of the file would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise ProgramError(f"{path}: can not be read: {reason}.") from exc
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ProgramError(f"{path}: is not a regular file.")
+    return descriptor
 
 
 _EMPTY_IMAGE_BYTES = image_bytes({})
@@ -177,25 +176,3 @@ def _read_image(
         reader.feed(buffer[:count])
         length -= count
     return reader.finish()
-
-
-def _is_fixed(spec: TensorSpec) -> bool:
-    return all(isinstance(size, int) for size in spec.shape)
-
-
-def _describe(spec: TensorSpec) -> str:
-    sizes = ", ".join("?" if size is None else str(size) for size in spec.shape)
-    return f"{spec.name}: {spec.dtype} [{sizes}]"
-
-
-def _describe_graph(role: str, graph: Graph) -> list[str]:
-    counts = Counter(node.op for node in graph.nodes)
-    lines = [f"{role:<10} {len(graph.nodes)} nodes, {len(counts)} operators"]
-    return lines + [f"           {count:5} {op}" for op, count in counts.most_common()]
-
-
-def _size(count: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} bytes"

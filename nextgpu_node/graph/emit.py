@@ -91,7 +91,13 @@ _CASTS: dict[OpOverload, str] = {
     _aten.to.dtype_layout: "aten._to_copy.default",
 }
 
-_RENAMED = _ZEROS | _VIEWS | _CASTS | STANDS_FOR
+# Views that conjugate or negate when they are read; programs do it at once.
+_LAZY: dict[OpOverload, str] = {
+    _aten._conj.default: "aten.conj_physical.default",
+    _aten._neg_view.default: "aten.neg.default",
+}
+
+_RENAMED = _LAZY | _ZEROS | _VIEWS | _CASTS | STANDS_FOR
 
 # Functional tracing writes inference batch norm as a kernel that trusts its statistics; the
 # table has the layer that checks them.
@@ -281,6 +287,9 @@ class Emitter:
         if row is None:
             _refuse(node, op)
         given = _bind(target, args, kwargs)
+        if target is _aten.repeat_interleave.self_int:
+            # It follows from the rest, and a kernel that is told trusts it.
+            given.pop("output_size", None)
         if op in _RECURRENT and (given["dropout"] == 0 or given["num_layers"] == 1):
             given["train"] = False
         if target in _VIEWS:

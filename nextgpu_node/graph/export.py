@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from traceback import FrameSummary
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from nextgpu_node.graph.calls import (
     tensor_leaves,
 )
 from nextgpu_node.graph.emit import Emitter
-from nextgpu_node.graph.explain import tracing_failed
+from nextgpu_node.graph.explain import Line, tracing_failed
 from nextgpu_node.graph.lower import lower, quiet
 from nextgpu_node.graph.recurrent import StandIns
 from nextgpu_node.graph.tensors import DTYPE_NAMES, spec_of
@@ -263,8 +264,8 @@ def _check_sizes(exported: ExportedProgram, names: _Names) -> None:
                 where = _fixed_where(placeholders.values(), fixed)
                 raise ProgramError(
                     f"{symbol}, dimension {dim} of {path}, can not vary: the model fixes it to "
-                    f"{fixed}{where}.  Leave it out of dynamic, or change the line to work at any "
-                    "size (no int(), no numbers taken from the example)."
+                    f"{fixed}{where}.  Leave it out of dynamic, or change the model to work at any "
+                    "size: no Python loop over it, no int() of it, no numbers of the example."
                 )
 
 
@@ -283,9 +284,18 @@ def _fixed_where(placeholders: Any, size: int) -> str:
             continue
         for symbol, place in mode.shape_env.replacements_slocs.items():
             if mode.shape_env.replacements.get(symbol) == size:
-                user = place.maybe_user_loc or place.framework_loc
-                return f" at {user}" if user else ""
+                return _place(place.maybe_user_loc)
     return ""
+
+
+def _place(found: Any) -> str:
+    """` at FILE:LINE: CODE` of a line that is not torch's."""
+    if found is None:
+        return ""
+    if not isinstance(found, FrameSummary):
+        return f" at {found}"
+    line = Line(found.filename, found.lineno or 0, found.name, found.line or "")
+    return "" if line.is_machinery else f" at {line}"
 
 
 def _names_of_exported(exported: ExportedProgram) -> _Names:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from nextgpu_node.errors import ProgramError
 from nextgpu_node.graph.artifact import Program
+from nextgpu_node.graph.calls import tensor_leaves
 from nextgpu_node.graph.machine import Machine
 from nextgpu_node.graph.tensors import TensorImageReader, encode_tensors, image_bytes
 from nextgpu_protocol.program import (
@@ -59,41 +59,20 @@ def match_inputs(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a call by the names of the program's inputs.  ProgramError on a mismatch."""
     given = {
-        name: tensor for key, value in named.items() for name, tensor in _named_leaves(key, value)
+        path: tensor for key, value in named.items() for path, tensor in tensor_leaves(value, key)
     }
     known = [one.name for one in spec.xs]
     unknown = sorted(given.keys() - set(known))
     if unknown:
         raise ProgramError(f"There is no input {unknown[0]}; the inputs are: {', '.join(known)}.")
     free = [name for name in known if name not in given]
-    leaves = [leaf for leaf in pytree.tree_leaves(tuple(inputs)) if isinstance(leaf, torch.Tensor)]
+    leaves = [tensor for _, tensor in tensor_leaves(tuple(inputs))]
     if len(leaves) != len(free):
         raise ProgramError(
             f"{len(free)} more inputs are needed ({', '.join(free)}), {len(leaves)} were given."
         )
     given.update(zip(free, leaves, strict=True))
     return {name: given[name] for name in known}
-
-
-def _named_leaves(key: str, value: Any) -> list[tuple[str, torch.Tensor]]:
-    leaves, _ = pytree.tree_flatten_with_path(value)
-    return [(join_path(key, path), leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def join_path(name: str, path: Sequence[Any]) -> str:
-    """The name of a tensor inside containers: `cache`, (key 0, key "k") -> `cache.0.k`."""
-    parts = [name] if name else []
-    for key in path:
-        match key:
-            case pytree.MappingKey():
-                parts.append(str(key.key))
-            case pytree.SequenceKey():
-                parts.append(str(key.idx))
-            case pytree.GetAttrKey():
-                parts.append(key.name)
-            case _:
-                parts.append(str(key))
-    return ".".join(parts)
 
 
 def _travel(

@@ -32,7 +32,7 @@ def lower(exported: ExportedProgram) -> ExportedProgram:
     """
     if _is_lowered(exported):
         return exported
-    table = _rules_outside_the_table(exported) | _decompositions(exported)
+    table = RULES | _rules_outside_the_table(exported) | _decompositions(exported)
     for _ in range(_MAX_ROUNDS):
         try:
             with quiet():

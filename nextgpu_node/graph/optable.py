@@ -673,6 +673,7 @@ _LINEAR_ALGEBRA: tuple[OpOverload, ...] = (
     _aten.linalg_matrix_exp.default,
     _aten.linalg_matrix_power.default,
     _aten.linalg_multi_dot.default,
+    _aten.linalg_pinv.atol_rtol_tensor,
     _aten.linalg_pinv.default,
     _aten.linalg_slogdet.default,
     _aten.linalg_solve.default,

@@ -7,6 +7,7 @@ embedding bag its offsets, a repetition its counts), so that the table can not h
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -209,6 +210,69 @@ def _per_channel(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return apply
 
 
+def _fake_quantize(
+    tensor: Tensor, scale: Any, zero_point: Any, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    shifted = torch.round(tensor * (1 / scale)) + zero_point
+    return (shifted.clamp(low, high) - zero_point) * scale, (shifted >= low) & (shifted <= high)
+
+
+def _fake_quantize_per_channel(
+    tensor: Tensor, scale: Tensor, zero_point: Tensor, axis: int, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    shape = [-1 if dim == axis % tensor.dim() else 1 for dim in range(tensor.dim())]
+    return _fake_quantize(tensor, scale.reshape(shape), zero_point.reshape(shape), low, high)
+
+
+def _fake_quantize_by_tensors(
+    tensor: Tensor, scale: Tensor, zero_point: Tensor, enabled: Tensor, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    quantised, mask = _fake_quantize(tensor, scale, zero_point, low, high)
+    on = enabled.to(torch.bool)
+    return torch.where(on, quantised, tensor), mask | ~on
+
+
+def _multilabel_margin_loss(
+    tensor: Tensor, target: Tensor, reduction: int
+) -> tuple[Tensor, Tensor]:
+    """torch's own rule is not what its kernel does (2.13)."""
+    rows, labels = tensor.reshape(-1, tensor.shape[-1]), target.reshape(-1, tensor.shape[-1])
+    count = rows.shape[1]
+    # Labels count up to the first -1.
+    named = (labels < 0).to(torch.int64).cumsum(1) == 0
+    places = torch.arange(count, device=tensor.device)
+    hits = (labels[..., None] == places) & named[..., None]
+    is_target = hits.any(1)
+    own = rows.gather(1, labels.clamp(min=0))
+    margins = (1 - own[..., None] + rows[:, None]).clamp(min=0)
+    counted = named[..., None] & ~is_target[:, None]
+    losses = torch.where(counted, margins, 0.0).sum((1, 2)) / count
+    if reduction == 0:
+        losses = losses.reshape(tensor.shape[:-1])
+    else:
+        losses = losses.mean() if reduction == 1 else losses.sum()
+    return losses, is_target.to(tensor.dtype).reshape(target.shape)
+
+
+def _gaussian_nll_loss(
+    input: Tensor,  # noqa: A002  torch's name
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """Without the check of the variance, which is a branch on its values."""
+    variance = torch.as_tensor(var, dtype=input.dtype, device=input.device)
+    if variance.shape != input.shape and variance.dim() == input.dim() - 1:
+        variance = variance.unsqueeze(-1)
+    variance = variance.clamp(min=eps)
+    loss = 0.5 * (torch.log(variance) + (input - target) ** 2 / variance)
+    if full:
+        loss = loss + 0.5 * math.log(2 * math.pi)
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
 # Of torch's quantisation, by name: importing it only to name its operators takes a second.
 RULES_BY_NAME: dict[str, Callable[..., Any]] = {
     "quantized_decomposed.quantize_per_tensor.default": _quantize,
@@ -222,6 +286,12 @@ RULES_BY_NAME: dict[str, Callable[..., Any]] = {
 RULES: dict[Any, Callable[..., Any]] = {
     _aten.as_strided.default: _as_strided,
     _aten._convolution.default: _convolution,
+    _aten.fake_quantize_per_tensor_affine_cachemask.default: _fake_quantize,
+    _aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default: (
+        _fake_quantize_by_tensors
+    ),
+    _aten.fake_quantize_per_channel_affine_cachemask.default: _fake_quantize_per_channel,
+    _aten.multilabel_margin_loss_forward.default: _multilabel_margin_loss,
     _aten._fft_c2c.default: _fft_c2c,
     _aten._fft_r2c.default: _fft_r2c,
     _aten._fft_c2r.default: _fft_c2r,
@@ -233,7 +303,10 @@ RULES: dict[Any, Callable[..., Any]] = {
     _aten.rrelu_with_noise_functional.default: _leaky_rrelu,
 }
 # For functions whose result torch can not even trace the shape of.
-RULES_WHILE_TRACING: dict[Any, Callable[..., Any]] = {torch.combinations: _combinations}
+RULES_WHILE_TRACING: dict[Any, Callable[..., Any]] = {
+    torch.combinations: _combinations,
+    torch.nn.functional.gaussian_nll_loss: _gaussian_nll_loss,
+}
 
 # For operators of the table, where their arguments are not those that it allows.
 RULES_OUTSIDE_THE_TABLE: dict[Any, Callable[..., Any]] = {

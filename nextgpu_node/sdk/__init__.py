@@ -1,6 +1,7 @@
 """What a submitter's program imports.  Loaded on first use: importing this is light.
 
 from nextgpu_node.sdk import export, open_client
+import nextgpu_node as nextgpu              # nextgpu.export, nextgpu.open_client, …
 """
 
 from __future__ import annotations

@@ -187,6 +187,22 @@ def entry(
     return Case(class_name, family, lambda: build(class_name, inputs, fixed, dict(more)), tolerance)
 
 
+def resnet(*stages: int) -> dict[str, Any]:
+    """A small backbone that is not of timm."""
+    return {
+        "use_timm_backbone": False,
+        "use_pretrained_backbone": False,
+        "backbone": None,
+        "backbone_config": {
+            "model_type": "resnet",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16, 32, 32],
+            "depths": [1, 1, 1, 1],
+            "out_features": [f"stage{stage}" for stage in stages],
+        },
+    }
+
+
 CASES: list[Case] = [
     # encoders
     entry("BertModel", "encoder"),
@@ -635,11 +651,18 @@ CASES: list[Case] = [
         tubelet_size=[2, 16, 16],
     ),
     # detection, segmentation, depth
-    entry("DetrForObjectDetection", "detection", image64, num_queries=5),
-    entry("ConditionalDetrForObjectDetection", "detection", image64, num_queries=5),
-    entry("DeformableDetrForObjectDetection", "detection", image64, num_queries=5, fixed=True),
-    entry("TableTransformerForObjectDetection", "detection", image64, num_queries=5),
-    entry("DabDetrForObjectDetection", "detection", image64, num_queries=5),
+    entry("DetrForObjectDetection", "detection", image64, num_queries=5, **resnet(4)),
+    entry("ConditionalDetrForObjectDetection", "detection", image64, num_queries=5, **resnet(4)),
+    entry(
+        "DeformableDetrForObjectDetection",
+        "detection",
+        image64,
+        num_queries=5,
+        **resnet(2, 3, 4),
+        fixed=True,
+    ),
+    entry("TableTransformerForObjectDetection", "detection", image64, num_queries=5, **resnet(4)),
+    entry("DabDetrForObjectDetection", "detection", image64, num_queries=5, **resnet(4)),
     entry("RTDetrForObjectDetection", "detection", image64, num_queries=5, fixed=True),
     entry(
         "YolosForObjectDetection", "detection", image, image_size=[32, 32], num_detection_tokens=5

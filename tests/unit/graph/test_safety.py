@@ -12,9 +12,11 @@ ROOM = Path(nextgpu_node.graph.__path__[0])
 PROTOCOL = Path(nextgpu_protocol.__path__[0])
 SUBMITTER_ONLY = {
     "calls.py",
+    "describe.py",
     "emit.py",
     "explain.py",
     "export.py",
+    "local.py",
     "lower.py",
     "recurrent.py",
     "rules.py",
