@@ -44,7 +44,7 @@ class Inbox:
 
     def take_untrusted(self, record: Record) -> Iterable[UnitEvent]:
         """The events that `record` completes: none or one."""
-        if self._continued not in (None, record.kind):
+        if self._continued not in (None, record.kind) or self._has_ended:
             raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, record.kind.name)
         self._continued = record.kind if record.more else None
         match record.kind:
@@ -99,6 +99,10 @@ class Inbox:
         self._image = None
         self._prefix.clear()
         return [Checkpoint(steps=steps, carry=reader.finish_untrusted())]
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.summary is not None or self.failure is not None
 
     def _last_word(self, record: Record) -> list[UnitEvent]:
         """DONE or FAILED; even these few bytes may be cut by the end of a chunk."""

@@ -7,9 +7,10 @@ where its plaintext exists.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -70,6 +71,9 @@ if TYPE_CHECKING:
 _Signable = TypeVar("_Signable", UnitRequest, UnitHeader, ReceiptAck)
 
 _OFFER_DEADLINE_S = 40
+# A provider ends the unit when its time is over; then come what is on its way, the wipe, a receipt.
+_ENDING_S = 60
+_RECEIPT_DEADLINE_S = 30
 # Where data that is still on its way here is sent no more: nobody would read it.
 _INPUT_IS_OVER = frozenset(
     {
@@ -145,6 +149,7 @@ class RemoteUnit:
         self._received = CiphertextHash()
         self.sent_bytes = 0
         self.unit_id = os.urandom(16)
+        self._deadline_s = math.inf
         # What the worker itself said, under the seal, where it gave up.
         self.failure: Refusal | None = None
 
@@ -164,6 +169,7 @@ class RemoteUnit:
         keys = ephemeral.submitter_keys(offer.message.one_time_key, self._transcript)
         await self._send(FrameKind.HEADER, header.data)
         self.offer = offer.message
+        self._deadline_s = trio.current_time() + offer.message.max_seconds + _ENDING_S
         await self._open_streams(keys)
 
     async def _open_streams(self, keys: StreamKeys) -> None:
@@ -297,8 +303,16 @@ class RemoteUnit:
 
     async def _send(self, kind: FrameKind, body: bytes = b"") -> None:
         self._session.sending(kind)
-        with translated():
+        with translated(), self._in_time():
             await self._frames.send(kind, body)
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """A peer that neither goes on nor ends the unit is given up."""
+        with trio.CancelScope(deadline=self._deadline_s) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise PeerLost("The peer went silent: it did not end the unit in its time.")
 
     # --- receiving --------------------------------------------------------------------------
 
@@ -319,6 +333,7 @@ class RemoteUnit:
                                 yield event
                     case FrameKind.END:
                         self._opener.check_end_untrusted()
+                        self._deadline_s = trio.current_time() + _RECEIPT_DEADLINE_S
                     case FrameKind.RECEIPT:
                         receipt = await self._take_receipt_untrusted(body, inbox)
                         self.failure = inbox.failure
@@ -330,7 +345,8 @@ class RemoteUnit:
         raise PeerLost("The connection to the peer ended before the results were complete.")
 
     async def _receive(self) -> Frame | None:
-        frame = await self._frames.receive_untrusted()
+        with self._in_time():
+            frame = await self._frames.receive_untrusted()
         if frame is not None and frame[0] is not FrameKind.ERROR:
             self._session.received_untrusted(frame[0])
         return frame
@@ -363,6 +379,8 @@ class RemoteUnit:
             raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "the receipt is for another unit")
         if receipt.output_hash != self._received.digest():
             raise RemoteProtocolError(ErrorCode.BAD_SEAL, "the receipt names other results")
+        if inbox.summary is not None and not self._opener.finished:
+            raise RemoteProtocolError(ErrorCode.TRUNCATED, "no final chunk")
         # A program that stopped early leaves input on the way, which the peer may not have read.
         read_all = inbox.summary is not None and not inbox.summary.stopped_early
         if read_all and receipt.input_hash != self._sent.digest():

@@ -48,7 +48,10 @@ class LyingPeer:
     change_chunk: Callable[[bytes], bytes] = _same
     say_done: bool = True
     seal_final: bool = True
+    send_end: bool = True
     send_receipt: bool = True
+    say_more: bool = False  # a result after DONE
+    silent_after: str = ""  # "connect", "request", "header", "input", "results" or "end"
     result: dict[str, torch.Tensor] = field(default_factory=dict)
 
     async def serve(self, stream: trio.SocketStream) -> None:
@@ -63,9 +66,11 @@ class LyingPeer:
 
     async def _unit(self) -> None:
         await self._frames.expect_untrusted(FrameKind.CONNECT)
+        await self._go_on_after("connect")
         await self._frames.send(FrameKind.CONNECTED, bytes(SUBMITTER.verify_key))
         await self._sign()
         envelope = await self._frames.expect_untrusted(FrameKind.REQUEST)
+        await self._go_on_after("request")
         if self.refuse is not None:
             await self._frames.send(
                 FrameKind.REFUSAL, encode_message(Refusal(int(self.refuse), ""))
@@ -74,6 +79,10 @@ class LyingPeer:
         await self._offer(envelope)
         await self._sign()
         await self._run(await self._frames.expect_untrusted(FrameKind.HEADER))
+
+    async def _go_on_after(self, stage: str) -> None:
+        if stage == self.silent_after:
+            await trio.sleep_forever()
 
     async def _sign(self) -> None:
         """The daemon's part."""
@@ -105,12 +114,17 @@ class LyingPeer:
         header = open_envelope_untrusted(UnitHeader, header_data)
         self._transcript = transcript_hash(self._signed_offer.data, header_data)
         keys = self._otk.worker_keys_untrusted(header.message.ephemeral_key, self._transcript)
+        await self._go_on_after("header")
         while (frame := await self._frames.receive_untrusted()) is not None:
             if frame[0] is FrameKind.END:
                 break
             self._received.update(frame[1])
+        await self._go_on_after("input")
         await self._results(Sealer(keys.outbound))
-        await self._frames.send(FrameKind.END)
+        await self._go_on_after("results")
+        if self.send_end:
+            await self._frames.send(FrameKind.END)
+        await self._go_on_after("end")
         if self.send_receipt:
             await self._receipt(header.message.unit_id)
 
@@ -122,6 +136,8 @@ class LyingPeer:
         if self.say_done:
             done = encode_message(UnitSummary(1, 0, 0, False))
             chunks += writer.write(RecordKind.DONE, [done])
+        if self.say_more:
+            chunks += writer.write(RecordKind.RESULT, encode_tensors(self.result))
         chunks += writer.flush()
         for index, chunk in enumerate(chunks):
             final = self.seal_final and index == len(chunks) - 1

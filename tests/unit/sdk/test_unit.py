@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trio
+import trio.testing
 
 from nextgpu_node.api_types import PeerView
 from nextgpu_node.errors import DaemonUnreachable, IntegrityError, NextGPUError, PeerLost, Refused
@@ -65,7 +66,9 @@ PEER = PeerView(
 )
 
 
-async def events_from(peer: LyingPeer, directory: Path) -> list[UnitEvent]:
+async def events_from(
+    peer: LyingPeer, directory: Path, *, deadline_s: float = 10, steps: int = 1
+) -> list[UnitEvent]:
     """Everything the submitter's side says of one unit with `peer`."""
     peer.result = peer.result or RESULT
     path = directory / "units.sock"
@@ -74,11 +77,11 @@ async def events_from(peer: LyingPeer, directory: Path) -> list[UnitEvent]:
     sock.listen()
     events: list[UnitEvent] = []
     failure: NextGPUError | None = None
-    with trio.fail_after(10):
+    with trio.fail_after(deadline_s):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, peer.serve, [trio.SocketListener(sock)])
             try:
-                await one_unit(path, events)
+                await one_unit(path, events, steps)
             except NextGPUError as exc:
                 failure = exc
             nursery.cancel_scope.cancel()
@@ -87,10 +90,11 @@ async def events_from(peer: LyingPeer, directory: Path) -> list[UnitEvent]:
     return events
 
 
-async def one_unit(path: Path, events: list[UnitEvent]) -> None:
+async def one_unit(path: Path, events: list[UnitEvent], steps: int = 1) -> None:
     async with open_unit(path, PEER, Needs(), table_version=1) as unit:
         await unit.start(PROGRAM)
-        await unit.send_step({"x": torch.tensor([1.0, 2.0])})
+        for _ in range(steps):
+            await unit.send_step({"x": torch.tensor([1.0, 2.0])})
         await unit.close_input()
         async for event in unit.events():
             events.append(event)
@@ -123,6 +127,7 @@ async def test_an_honest_peer_is_believed(tmp_path: Path) -> None:
         {"change_receipt": lambda receipt: replace(receipt, input_hash=bytes(32))},
         {"change_chunk": flip_last_bit},
         {"say_done": False},
+        {"say_more": True},
     ],
     ids=lambda lie: next(iter(lie)),
 )
@@ -131,12 +136,48 @@ async def test_a_lie_is_an_integrity_error(lie: dict[str, Any], tmp_path: Path) 
         await events_from(LyingPeer(**lie), tmp_path)
 
 
-@pytest.mark.parametrize("cut", [{"send_receipt": False}, {"seal_final": False}])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"send_receipt": False},
+        {"seal_final": False},
+        {"seal_final": False, "send_end": False},
+    ],
+)
 async def test_a_stream_that_is_cut_short_is_a_lost_peer(
     cut: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(PeerLost):
         await events_from(LyingPeer(**cut), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "seconds"),
+    [
+        ("connect", 40),
+        ("request", 40),
+        ("header", 10 + 60),
+        ("input", 10 + 60),
+        ("results", 10 + 60),
+        ("end", 30),
+    ],
+)
+async def test_a_peer_that_goes_silent_is_given_up(
+    stage: str, seconds: float, autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    """10 s are what the unit was granted."""
+    with pytest.raises(PeerLost):
+        await events_from(LyingPeer(silent_after=stage), tmp_path, deadline_s=100)
+    assert trio.current_time() == pytest.approx(seconds, abs=0.5)
+
+
+async def test_a_peer_that_reads_nothing_is_given_up(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    steps = 400  # more than the socket holds
+    with pytest.raises(PeerLost):
+        await events_from(LyingPeer(silent_after="header"), tmp_path, deadline_s=100, steps=steps)
+    assert trio.current_time() == pytest.approx(10 + 60, abs=0.5)
 
 
 async def test_results_of_another_shape_are_not_taken(tmp_path: Path) -> None:
