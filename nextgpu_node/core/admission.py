@@ -107,14 +107,15 @@ class ReplayCache:
 
 @dataclass(slots=True)
 class RateLimiter:
-    """At most `per_minute` requests from one submitter in any minute."""
+    """At most `per_minute` requests in any minute from one submitter, by key, and over one peer's
+    connections, by peer ID."""
 
     per_minute: int
-    _seen_ms: OrderedDict[PeerKey, deque[int]] = field(default_factory=OrderedDict)
+    _seen_ms: OrderedDict[PeerKey | PeerId, deque[int]] = field(default_factory=OrderedDict)
 
-    def check(self, peer: PeerKey, *, now_ms: int) -> None:
-        times = self._seen_ms.setdefault(peer, deque())
-        self._seen_ms.move_to_end(peer)
+    def check(self, name: PeerKey | PeerId, *, now_ms: int) -> None:
+        times = self._seen_ms.setdefault(name, deque())
+        self._seen_ms.move_to_end(name)
         while times and times[0] <= now_ms - _MINUTE_MS:
             times.popleft()
         if len(times) >= self.per_minute:

@@ -29,7 +29,7 @@ from nextgpu_node.core.admission import (
 from nextgpu_node.core.tokens import Reservation, TokenBook
 from nextgpu_protocol.envelope import Signed
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
-from nextgpu_protocol.ids import PeerKey
+from nextgpu_protocol.ids import PeerId, PeerKey
 from nextgpu_protocol.messages import (
     Offer,
     UnitHeader,
@@ -65,6 +65,7 @@ class UnitState(Enum):
 class UnitRequested:
     session: SessionId
     request: Signed[UnitRequest]
+    sender: PeerId  # at the other end of the connection, whoever signed
     former_keys: frozenset[PeerKey] = frozenset()  # that the signer verifiably had before
 
 
@@ -309,6 +310,8 @@ class Lending:
 
     def _requested(self, event: UnitRequested, now_ms: int) -> list[Effect]:
         try:
+            # First, since a request costs its sender a key of any kind, and us a remembered hash.
+            self._rate.check(event.sender, now_ms=now_ms)
             check_freshness(event.request, self._own_key, self._seen, now_ms=now_ms)
             self._rate.check(event.request.signer, now_ms=now_ms)
             unit = self._admit(event.request, event.former_keys, now_ms)

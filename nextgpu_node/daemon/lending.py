@@ -33,7 +33,7 @@ from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import FrameKind
-from nextgpu_protocol.ids import PeerKey
+from nextgpu_protocol.ids import PeerId, PeerKey
 from nextgpu_protocol.limits import MAX_OFFER_LIFETIME_MS
 from nextgpu_protocol.local import Assignment
 from nextgpu_protocol.messages import (
@@ -94,6 +94,7 @@ class LentUnit:
         self,
         session_id: int,
         stream: ByteStream,
+        sender: PeerId,
         decider: core.Lending,
         take_worker: Callable[[int], Awaitable[Worker]],
         runtime: str,
@@ -103,6 +104,7 @@ class LentUnit:
     ) -> None:
         self.id = session_id
         self._stream = stream
+        self._sender = sender
         self._frames = FrameStream(stream)
         self._decider = decider
         self._take_from_pool = take_worker
@@ -173,7 +175,7 @@ class LentUnit:
     async def _converse(self, nursery: trio.Nursery) -> None:
         request = await self._receive_request()
         former_keys = await self._former_keys(request)
-        first = core.UnitRequested(self.id, request, former_keys)
+        first = core.UnitRequested(self.id, request, self._sender, former_keys)
         pending: deque[core.Event] = deque([first])
         while not self._over:
             event = pending.popleft() if pending else await self._events.receive()

@@ -269,6 +269,7 @@ class Provider:
         unit = LentUnit(
             next(self._session_ids),
             stream,
+            PeerId(stream.peer_id),
             self._decider,
             self._take_worker,
             self.runtime,

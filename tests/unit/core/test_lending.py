@@ -5,16 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from nacl.signing import SigningKey
 
 from nextgpu_node.core import lending as core
 from nextgpu_node.core.lending import Lending, UnitState
 from nextgpu_protocol.envelope import Signed
 from nextgpu_protocol.errors import ErrorCode
-from nextgpu_protocol.ids import PeerKey
+from nextgpu_protocol.ids import PeerKey, peer_id_from_public_key
 from nextgpu_protocol.messages import Offer
-from tests.support.messages import NOW_MS, POLICY, PROVIDER, STRANGER, header, offer, request
+from tests.support.messages import (
+    NOW_MS,
+    POLICY,
+    PROVIDER,
+    STRANGER,
+    SUBMITTER,
+    header,
+    offer,
+    request,
+)
 
 S = 7  # a session
+SENDER = peer_id_from_public_key(bytes(SUBMITTER.verify_key))
 
 
 @pytest.fixture
@@ -28,7 +39,7 @@ def handle(lending: Lending, event: core.Event, *, now_ms: int = NOW_MS) -> list
 
 def offered(lending: Lending) -> Signed[Offer]:
     """Bring session S to OFFERED."""
-    handle(lending, core.UnitRequested(S, request()))
+    handle(lending, core.UnitRequested(S, request(), SENDER))
     handle(lending, core.WorkerReady(S))
     made = offer()
     handle(lending, core.OfferSent(S, made))
@@ -41,7 +52,9 @@ def running(lending: Lending) -> None:
 
 
 def test_a_unit_goes_straight_through(lending: Lending) -> None:
-    assert isinstance(handle(lending, core.UnitRequested(S, request()))[0], core.SpawnWorker)
+    assert isinstance(
+        handle(lending, core.UnitRequested(S, request(), SENDER))[0], core.SpawnWorker
+    )
     assert isinstance(handle(lending, core.WorkerReady(S))[0], core.SendOffer)
     made = offer()
     assert handle(lending, core.OfferSent(S, made)) == []
@@ -56,19 +69,19 @@ def test_a_unit_goes_straight_through(lending: Lending) -> None:
 
 def test_a_refused_request_takes_no_slot(lending: Lending) -> None:
     lending.policy = replace(POLICY, sharing=False, reason="sharing is off")
-    effects = handle(lending, core.UnitRequested(S, request()))
+    effects = handle(lending, core.UnitRequested(S, request(), SENDER))
     assert effects == [core.Refuse(ErrorCode.NOT_SHARING, "sharing is off")]
     assert lending.used_slots == 0
 
 
 def test_sharing_switched_off_while_the_worker_starts_discards_it(lending: Lending) -> None:
-    handle(lending, core.UnitRequested(S, request()))
+    handle(lending, core.UnitRequested(S, request(), SENDER))
     lending.policy = replace(POLICY, sharing=False, reason="sharing is off")
     assert isinstance(handle(lending, core.WorkerReady(S))[0], core.Discard)
 
 
 def test_a_worker_that_can_not_start_ends_the_session(lending: Lending) -> None:
-    handle(lending, core.UnitRequested(S, request()))
+    handle(lending, core.UnitRequested(S, request(), SENDER))
     (effect,) = handle(lending, core.WorkerFailedToStart(S))
     assert isinstance(effect, core.Discard)
     assert effect.code is ErrorCode.INTERNAL
@@ -145,6 +158,24 @@ def test_a_unit_holds_its_slot_until_its_stream_is_over(lending: Lending) -> Non
     lending.policy = replace(POLICY, max_concurrent_units=1)
     running(lending)
     handle(lending, core.UnitStopped(S, "cancelled", ErrorCode.CANCELLED))
-    (effect,) = handle(lending, core.UnitRequested(S + 1, request(nonce=1)))
+    (effect,) = handle(lending, core.UnitRequested(S + 1, request(nonce=1), SENDER))
     assert isinstance(effect, core.Refuse)
     assert effect.code is ErrorCode.BUSY
+
+
+def test_one_peer_can_not_fill_the_memory_of_requests_with_keys_of_its_own(
+    lending: Lending,
+) -> None:
+    """Each request by another signer: the sixth over one connection is not even remembered."""
+    many = replace(POLICY, max_concurrent_units=100)
+    lending.policy = many
+    keys = [SigningKey(bytes([100 + i]) * 32) for i in range(8)]
+    for i, key in enumerate(keys):
+        (effect,) = handle(lending, core.UnitRequested(S + i, request(key), SENDER))
+        expected = core.SpawnWorker if i < POLICY.requests_per_minute else core.Refuse
+        assert isinstance(effect, expected)
+    assert effect == core.Refuse(ErrorCode.RATE_LIMITED, "")
+    assert len(lending._seen) == POLICY.requests_per_minute
+    other = peer_id_from_public_key(bytes(STRANGER.verify_key))
+    (effect,) = handle(lending, core.UnitRequested(S + 99, request(STRANGER), other))
+    assert isinstance(effect, core.SpawnWorker)

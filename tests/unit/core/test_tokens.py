@@ -13,7 +13,7 @@ from nextgpu_node.core import lending as core
 from nextgpu_node.core.admission import OwnerPolicy
 from nextgpu_node.core.tokens import MAX_BLOCKS_COUNTED, IssuedToken, TokenBook
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
-from nextgpu_protocol.ids import PeerKey, peer_id_from_public_key
+from nextgpu_protocol.ids import PeerId, PeerKey, peer_id_from_public_key
 from nextgpu_protocol.limits import GIB
 from nextgpu_protocol.messages import SUITE, HeldToken, TokenBlock
 from nextgpu_protocol.tokens import (
@@ -65,10 +65,14 @@ class Desk:
         nonce = self._session.to_bytes(16)
         token = use_token(held, bytes(key.verify_key), nonce) if held else b""
         signed = request(key, nonce=self._session, **{"token": token, **changes})
-        asked = core.UnitRequested(self._session, signed, **event)
+        asked = core.UnitRequested(self._session, signed, self._sender(), **event)
         self.last = signed
         (effect,) = self.lending.handle(asked, now_ms=now_ms)
         return effect
+
+    def _sender(self) -> PeerId:
+        """Another one each time: what one connection may ask is not what is tested here."""
+        return peer_id_from_public_key(self._session.to_bytes(32))
 
     def code(self, held: HeldToken | None, **event: Any) -> ErrorCode:
         effect = self.ask(held, **event)

@@ -25,13 +25,14 @@ from nextgpu_protocol.codec import decode_message_untrusted
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
 from nextgpu_protocol.errors import ErrorCode
 from nextgpu_protocol.framing import FrameKind, encode_frame
-from nextgpu_protocol.ids import PeerKey
+from nextgpu_protocol.ids import PeerKey, peer_id_from_public_key
 from nextgpu_protocol.limits import MAX_OFFER_LIFETIME_MS
 from nextgpu_protocol.messages import Offer, Receipt, Refusal, UnitRequest
 from tests.support.fake_worker import FakeWorker
 from tests.support.messages import POLICY, PROVIDER, REQUEST, SUBMITTER, header
 
 MAX_SECONDS = 30
+SENDER = peer_id_from_public_key(bytes(SUBMITTER.verify_key))
 
 
 @dataclass
@@ -84,7 +85,9 @@ async def lent(tmp_path: Path) -> AsyncIterator[Lent]:
 
     decider = Lending(PeerKey(bytes(PROVIDER.verify_key)), POLICY, table_version=1)
     identity, ledger = Identity(SecretKey(bytes(PROVIDER))), TokenLedger(tmp_path / "tokens")
-    unit = LentUnit(1, ours, decider, take_worker, "test", identity, ledger, _no_former_keys)
+    unit = LentUnit(
+        1, ours, SENDER, decider, take_worker, "test", identity, ledger, _no_former_keys
+    )
     with trio.fail_after(300):
         async with trio.open_nursery() as nursery:
 
