@@ -21,6 +21,11 @@ from nextgpu_node.sandbox.policy import SCRATCH, Mount, Plan
 from nextgpu_node.sandbox.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_REC
 
 WORKER_FD: Final = 3
+# What the owner sees in a list of processes; the worker can not rename itself.
+_PROCESS_NAME: Final = "nextgpu-worker"
+_HOST_NAME: Final = "worker"
+# The owner's programs, and the daemon, come first.
+_NICENESS: Final = 10
 NAMESPACE_FLAGS: Final = {
     "user": syscalls.CLONE_NEWUSER,
     "mount": syscalls.CLONE_NEWNS,
@@ -78,6 +83,8 @@ def confine(plan: Plan, *, spare_uid: int, socket_fd: int, launcher_pidfd: int) 
         _map_user(plan)
     with _Layer("session"):
         _leave_session()
+    with _Layer("host-name"):
+        _hide_host_name(plan)
     if plan.mounts:
         with _Layer("private-root"):
             _enter_private_root(plan.mounts, spare_uid if plan.drop_user else None)
@@ -124,11 +131,20 @@ def _outer_ids() -> tuple[int, int]:
 
 
 def _leave_session() -> None:
-    """No terminal, a session of its own, first in line when the host runs out of memory."""
+    """No terminal, a session and a name of its own; first in line when the host runs out of
+    memory, last when it runs out of processor time or disk."""
     os.setsid()
     os.umask(0o077)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
     _write("/proc/self/oom_score_adj", "1000")
+    _write("/proc/self/comm", _PROCESS_NAME)
+    os.nice(_NICENESS)
+    syscalls.set_idle_io_priority()
+
+
+def _hide_host_name(plan: Plan) -> None:
+    if "uts" in plan.namespaces:
+        syscalls.set_host_name(_HOST_NAME)
 
 
 def _enter_private_root(mounts: Sequence[Mount], spare_uid: int | None) -> None:
@@ -156,6 +172,9 @@ def _mount(mount: Mount, spare_uid: int | None) -> None:
     if mount.kind in ("device", "file"):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
+    elif mount.kind in ("masked", "frozen"):
+        if not target.exists():
+            return  # this kernel does not have it
     else:
         target.mkdir(parents=True, exist_ok=True)
     match mount.kind:
@@ -170,11 +189,24 @@ def _mount(mount: Mount, spare_uid: int | None) -> None:
         case "proc":
             flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
             syscalls.mount("proc", mount.target, "proc", flags)
+        case "masked":
+            _mask(mount)
+        case "frozen":
+            syscalls.mount(mount.target, mount.target, "", MS_BIND | MS_REC)
+            syscalls.set_mount_attributes(mount.target, _READ_ONLY)
 
 
 def _bind(mount: Mount, attributes: int) -> None:
     syscalls.mount(_OLD_ROOT + mount.source, mount.target, "", MS_BIND | MS_REC)
     syscalls.set_mount_attributes(mount.target, attributes)
+
+
+def _mask(mount: Mount) -> None:
+    if mount.source:
+        _bind(mount, _READ_ONLY | syscalls.MOUNT_ATTR_NOEXEC)
+        return
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC | syscalls.MS_RDONLY
+    syscalls.mount("nextgpu-mask", mount.target, "tmpfs", flags, "size=0,nr_inodes=1")
 
 
 def _landlock_ruleset(plan: Plan) -> int | None:

@@ -31,6 +31,8 @@ WRITE: Final = (
 RIGHTS: Final = {
     "read": READ,
     "write": WRITE,
+    # What the driver does in /proc: threads' names are written, nothing is made or removed.
+    "names": READ | _WRITE_FILE,
     "device": READ_FILE | _WRITE_FILE | _IOCTL_DEV,
 }
 # Rights that only mean something below a directory; the kernel refuses them on a file.

@@ -10,19 +10,25 @@ Nothing is shared by default; each mount below says why it is there.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Final, Literal
 
-from nextgpu_node.sandbox.seccomp import SELF_PID, Check, Rule
+from nextgpu_node.sandbox.calls import Vendor, seccomp_rules
+from nextgpu_node.sandbox.seccomp import Check, Rule
 
-Tier = Literal["A", "C"]
+# A: namespaces of our own.  B: those that systemd builds around a worker.  C: none.
+Tier = Literal["A", "B", "C"]
+TIERS: Final[tuple[Tier, ...]] = ("A", "B", "C")  # strongest first
 
 MIB: Final = 1024 * 1024
 SCRATCH: Final = "/tmp"  # noqa: S108  the worker's own tmpfs, in its own mount namespace
+
+_NVIDIA_CONTROL: Final = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")
+_AMD_CONTROL: Final = "/dev/kfd"
+_RENDER_NODE: Final = "/dev/dri/renderD"
 
 # Not the memory that a unit may use but what the kernel needs beside it: page tables, the pages
 # of the launcher that the worker writes to (measured: 2 to 4 MiB) and the socket's buffers.
@@ -44,7 +50,9 @@ class WorkerPolicy:
     max_open_files: int = 64
     wall_s: float = 600.0
     cpu_s: int = 3600
-    device: str = "cpu"  # or "cuda:0"
+    device: str = "cpu"  # or "cuda:0", "xpu:0": torch's names
+    # Which of several cards: N of /dev/nvidiaN or /dev/dri/renderDN; None: whatever is there.
+    device_node: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,7 @@ class HostLayout:
     packages: tuple[str, ...]  # our own, where an editable install keeps them elsewhere
     gpu_devices: tuple[str, ...] = ()
     gpu_libraries: tuple[str, ...] = ()
+    gpu_sys_trees: tuple[str, ...] = ()
     uid: int = 0
     landlock_abi: int = 0
 
@@ -66,7 +75,7 @@ class Mount:
 
     target: str
     source: str = ""
-    kind: Literal["tree", "file", "device", "scratch", "proc"] = "tree"
+    kind: Literal["tree", "file", "device", "scratch", "proc", "masked", "frozen"] = "tree"
     options: str = ""
 
 
@@ -86,6 +95,7 @@ class Plan:
     extra_address_space_bytes: int
     cgroup_memory_bytes: int
     cgroup_pids: int
+    cgroup_cpus: int
     map_user: bool  # the host's uid stands for itself inside a new user namespace
     drop_user: bool  # leave root for a spare uid that the launcher names
     drop_capabilities: bool = True
@@ -96,8 +106,8 @@ class Plan:
     limits: tuple[tuple[str, int | str], ...] = ()  # what the worker module is told
 
     def layers(self) -> tuple[str, ...]:
-        """The layers in force around a worker that came up under this plan."""
-        names = [f"{name}-namespace" for name in self.namespaces]
+        """The layers in force around a worker that came up under this plan, its tier first."""
+        names = [f"tier-{self.tier}", *(f"{name}-namespace" for name in self.namespaces)]
         optional = {
             "private-root": bool(self.mounts),
             "spare-uid": self.drop_user,
@@ -115,10 +125,12 @@ class Plan:
 def plan_worker(policy: WorkerPolicy, layout: HostLayout, tier: Tier = "A") -> Plan:
     """The plan of one worker under `policy` on this host.
 
-    Tier A has namespaces and a root of its own.  Tier C has neither, and no writable directory.
+    Tier A has namespaces and a root of its own.  Tiers B and C have neither here, and no writable
+    directory: in B the service manager has put both around the process already.
     """
     root = layout.uid == 0
-    with_gpu = policy.device != "cpu"
+    gpu = gpu_vendor(policy, layout)
+    layout = dataclasses.replace(layout, gpu_devices=_gpu_nodes(policy, layout, gpu))
     namespaces: tuple[str, ...] = ()
     mounts: tuple[Mount, ...] = ()
     if tier == "A":
@@ -129,19 +141,59 @@ def plan_worker(policy: WorkerPolicy, layout: HostLayout, tier: Tier = "A") -> P
         tier=tier,
         namespaces=namespaces,
         mounts=mounts,
-        landlock=_landlock_rules(layout, tier, with_gpu=with_gpu),
+        landlock=_landlock_rules(layout, tier, gpu=gpu),
         landlock_abi=layout.landlock_abi,
-        seccomp=seccomp_rules(with_gpu=with_gpu),
-        rlimits=_rlimits(policy, count_threads=root or tier == "A"),
+        seccomp=seccomp_rules(namespaces=tier == "A", gpu=gpu),
+        # In tier B the account is this worker's alone, as root's spare ones are.
+        rlimits=_rlimits(policy, count_threads=root or tier != "C"),
         extra_data_bytes=policy.memory_bytes,
         # CUDA reserves address space by the terabyte: its workers are held by the cgroup.
-        extra_address_space_bytes=0 if with_gpu else _address_space_bytes(policy),
+        extra_address_space_bytes=0 if gpu else _address_space_bytes(policy),
         cgroup_memory_bytes=policy.memory_bytes + policy.tmpfs_bytes + _MEMORY_SLACK_BYTES,
         cgroup_pids=policy.max_threads + 1,
+        cgroup_cpus=policy.max_threads,
         map_user=tier == "A" and not root,
         drop_user=root,
-        limits=tuple(dataclasses.asdict(policy).items()),
+        limits=_told_limits(policy),
     )
+
+
+def gpu_vendor(policy: WorkerPolicy, layout: HostLayout) -> Vendor | None:
+    """Whose driver this worker needs; torch calls AMD's cards "cuda" too, Intel's "xpu"."""
+    kind = policy.device.partition(":")[0]
+    if kind == "cpu":
+        return None
+    if kind == "xpu":
+        return "intel"
+    has_amd = any(path == _AMD_CONTROL for path in layout.gpu_devices)
+    return (
+        "amd" if has_amd and not any("nvidia" in path for path in layout.gpu_devices) else "nvidia"
+    )
+
+
+def _gpu_nodes(policy: WorkerPolicy, layout: HostLayout, gpu: Vendor | None) -> tuple[str, ...]:
+    """The nodes of one vendor's driver: its control nodes, and those of the card, if it is known."""
+    if gpu is None:
+        return ()
+    prefix = "/dev/nvidia" if gpu == "nvidia" else _RENDER_NODE
+    control = () if gpu == "intel" else (_AMD_CONTROL,) if gpu == "amd" else _NVIDIA_CONTROL
+    wanted = "" if policy.device_node is None else str(policy.device_node)
+    return tuple(
+        path for path in layout.gpu_devices if path in control or _is_card(path, prefix, wanted)
+    )
+
+
+def _is_card(path: str, prefix: str, wanted: str) -> bool:
+    number = path.removeprefix(prefix)
+    return path.startswith(prefix) and number.isdigit() and wanted in ("", number)
+
+
+def _told_limits(policy: WorkerPolicy) -> tuple[tuple[str, int | str], ...]:
+    """What the worker module is told.  A card that is alone in a worker's /dev is its first."""
+    told = dataclasses.asdict(policy)
+    if told.pop("device_node") is not None:
+        told["device"] = policy.device.partition(":")[0] + ":0"
+    return tuple(told.items())
 
 
 def _mounts(policy: WorkerPolicy, layout: HostLayout) -> tuple[Mount, ...]:
@@ -156,11 +208,36 @@ def _mounts(policy: WorkerPolicy, layout: HostLayout) -> tuple[Mount, ...]:
         Mount("/dev/zero", "/dev/zero", "device"),
     ]
     if policy.device != "cpu":
-        # The driver writes thread names below /proc/self and reads /proc/driver.
-        mounts.append(Mount("/proc", kind="proc"))
-        mounts += [Mount(path, path, "device") for path in layout.gpu_devices]
-        mounts += [Mount(path, path, "file") for path in layout.gpu_libraries]
+        mounts += _gpu_mounts(layout)
     return tuple(mounts)
+
+
+# What a CUDA worker has no use for in its /proc: files read as empty, directories are empty.
+# The driver reads /proc/driver, /proc/devices, /proc/cpuinfo and settings of virtual memory.
+_MASKED_PROC_FILES: Final = (
+    *("kcore", "kmsg", "keys", "key-users", "kallsyms", "kpagecount", "kpageflags", "kpagecgroup"),
+    *("sysrq-trigger", "timer_list", "sched_debug", "latency_stats", "vmallocinfo", "slabinfo"),
+    *("interrupts", "softirqs", "diskstats", "partitions", "swaps", "mdstat", "locks", "cmdline"),
+    *("config.gz", "loadavg", "uptime", "schedstat", "buddyinfo", "pagetypeinfo", "zoneinfo"),
+)
+_MASKED_PROC_DIRECTORIES: Final = (
+    *("acpi", "asound", "bus", "dynamic_debug", "fs", "irq", "pressure", "scsi", "sysvipc", "tty"),
+)
+
+
+def _gpu_mounts(layout: HostLayout) -> list[Mount]:
+    """Nodes, libraries, the parts of /sys that name the cards, and a /proc without its dangers:
+    the driver writes thread names below /proc/self and reads /proc/driver."""
+    masked = [Mount(f"/proc/{name}", "/dev/null", "masked") for name in _MASKED_PROC_FILES]
+    masked += [Mount(f"/proc/{name}", kind="masked") for name in _MASKED_PROC_DIRECTORIES]
+    return [
+        Mount("/proc", kind="proc"),
+        *masked,
+        Mount("/proc/sys", kind="frozen"),
+        *(Mount(path, path) for path in layout.gpu_sys_trees),
+        *(Mount(path, path, "device") for path in layout.gpu_devices),
+        *(Mount(path, path, "file") for path in layout.gpu_libraries),
+    ]
 
 
 def _trees(layout: HostLayout) -> list[Mount]:
@@ -177,16 +254,16 @@ def _trees(layout: HostLayout) -> list[Mount]:
 
 
 def _landlock_rules(
-    layout: HostLayout, tier: Tier, *, with_gpu: bool
+    layout: HostLayout, tier: Tier, *, gpu: Vendor | None
 ) -> tuple[tuple[str, str], ...]:
     rules = [(mount.target, "read") for mount in _trees(layout)]
     rules += [("/dev/null", "device"), ("/dev/zero", "device"), ("/dev/urandom", "read")]
     if tier == "A":
         rules.append((SCRATCH, "write"))
-    if with_gpu:
+    if gpu:
         rules += [(path, "device") for path in layout.gpu_devices]
-        rules += [(path, "read") for path in layout.gpu_libraries]
-        rules.append(("/proc", "write" if tier == "A" else "read"))
+        rules += [(path, "read") for path in (*layout.gpu_libraries, *layout.gpu_sys_trees)]
+        rules.append(("/proc", "names" if tier == "A" else "read"))
     return tuple(rules)
 
 
@@ -210,103 +287,6 @@ def _rlimits(policy: WorkerPolicy, *, count_threads: bool) -> tuple[tuple[str, i
         # Counted per uid and user namespace: it would count the owner's own processes in tier C.
         limits.append(("RLIMIT_NPROC", policy.max_threads))
     return tuple(limits)
-
-
-# What CPython, torch's CPU kernels, OpenMP and the C library call once they run.  Found by
-# running models with everything else refused; nothing is here for convenience.
-_PLAIN_CALLS: Final = (
-    # memory
-    *("brk", "munmap", "mprotect", "mremap", "madvise", "msync", "membarrier"),
-    # threads and signals of this process
-    *("futex", "rseq", "set_robust_list", "set_tid_address", "gettid", "getpid", "getppid"),
-    *("sched_yield", "sched_getaffinity", "getcpu", "rt_sigaction", "rt_sigprocmask"),
-    *("rt_sigreturn", "sigaltstack", "restart_syscall", "exit", "exit_group"),
-    *("sched_get_priority_max", "sched_get_priority_min", "sched_getparam"),
-    "sched_getscheduler",
-    # time
-    *("clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep", "gettimeofday", "time"),
-    *("times", "getrusage"),
-    # files: Landlock and the root decide which
-    *("open", "openat", "close", "close_range", "read", "readv", "pread64", "write", "writev"),
-    *("pwrite64", "lseek", "fstat", "newfstatat", "stat", "lstat", "statx", "access"),
-    *("faccessat", "faccessat2", "readlink", "readlinkat", "getcwd", "chdir", "getdents64"),
-    *("statfs", "fstatfs", "dup", "dup2", "dup3", "mkdir", "mkdirat", "unlink", "unlinkat"),
-    *("rmdir", "rename", "renameat", "renameat2", "ftruncate", "fallocate", "fsync"),
-    *("fdatasync", "umask"),
-    # waiting, and the one socket that the worker is born with
-    *("poll", "ppoll", "select", "pselect6", "recvfrom", "shutdown", "getsockopt"),
-    *("getsockname", "getpeername"),
-    # about itself
-    *("getrandom", "uname", "sysinfo", "getrlimit", "getuid", "geteuid", "getgid", "getegid"),
-    *("getresuid", "getresgid", "getgroups"),
-)
-
-_CLONE_THREAD: Final = 0x00010F00  # VM | FS | FILES | SIGHAND | THREAD: a thread, no process
-# SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID, DETACHED: pthread_create adds some of them.
-_CLONE_HARMLESS: Final = 0x007C0000
-_ALL_BITS: Final = 0xFFFFFFFFFFFFFFFF
-_MAP_SHARED: Final = 0x01
-_MAP_ANONYMOUS: Final = 0x20
-
-_F_COMMANDS: Final = (0, 1, 2, 3, 4, 1030)  # DUPFD, GETFD, SETFD, GETFL, SETFL, DUPFD_CLOEXEC
-_O_ASYNC: Final = 0o20000
-_F_SETFL: Final = 4
-_IOCTLS: Final = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-# TCGETS and TIOCGWINSZ ask, FIONREAD counts, FIONBIO, FIONCLEX and FIOCLEX set own flags.
-_PR_SET_NAME: Final = 15
-_PR_GET_NAME: Final = 16
-_PR_GET_DUMPABLE: Final = 3
-_PR_SET_VMA: Final = 0x53564D41
-_ARCH_XCOMP: Final = (0x1021, 0x1022, 0x1023)  # oneDNN asks for the AMX tile registers
-
-
-def seccomp_rules(*, with_gpu: bool = False) -> tuple[Rule, ...]:
-    """The allow-list.  In plain words: threads but no processes; no new socket and no descriptor
-    over the one that is there; no change of identity, privilege, namespace or dumpability."""
-    rules = [Rule(name) for name in _PLAIN_CALLS]
-    rules += [
-        Rule("clone", ((Check(0, _CLONE_THREAD, _ALL_BITS & ~_CLONE_HARMLESS),),)),
-        # Shared anonymous memory is not counted by RLIMIT_DATA.
-        Rule("mmap", ((Check(3, 0, _MAP_SHARED),), (Check(3, 0, _MAP_ANONYMOUS),))),
-        # send(2) is sendto(2) without an address; sendmsg(2) could carry descriptors.
-        Rule("sendto", ((Check(4, 0), Check(5, 0)),)),
-        Rule("tgkill", ((Check(0, SELF_PID),),)),
-        Rule("prlimit64", ((Check(0, 0), Check(2, 0)), (Check(0, SELF_PID), Check(2, 0)))),
-        Rule("fcntl", _fcntl_alternatives()),
-        Rule("prctl", tuple((Check(0, option),) for option in _PRCTLS)),
-        Rule("arch_prctl", tuple((Check(0, code),) for code in _ARCH_XCOMP), errno.EINVAL),
-    ]
-    if with_gpu:
-        # The driver's interface is ioctl on its own device nodes, and it needs memfd_create.
-        rules += [Rule("ioctl", _nvidia_ioctls()), Rule("memfd_create")]
-        rules += [Rule("mlock"), Rule("munlock"), Rule("pipe2")]
-    else:
-        rules.append(
-            Rule("ioctl", tuple((Check(1, command),) for command in _IOCTLS), errno.ENOTTY)
-        )
-    return tuple(rules)
-
-
-_PRCTLS: Final = (_PR_SET_NAME, _PR_GET_NAME, _PR_GET_DUMPABLE, _PR_SET_VMA)
-
-
-def _fcntl_alternatives() -> tuple[tuple[Check, ...], ...]:
-    plain = tuple((Check(1, command),) for command in _F_COMMANDS if command != _F_SETFL)
-    # O_ASYNC would have the kernel send signals.
-    return (*plain, (Check(1, _F_SETFL), Check(2, 0, _O_ASYNC)))
-
-
-def _nvidia_ioctls() -> tuple[tuple[Check, ...], ...]:
-    """Requests of type 'F' for the control nodes; small plain numbers and one odd one for uvm.
-
-    Not verified on a card yet.  A terminal's requests (type 'T') are not among them.
-    """
-    return (
-        (Check(1, 0x4600, 0xFFFFFFFF_0000FF00),),
-        (Check(1, 0, 0xFFFFFFFF_FFFFF800),),
-        (Check(1, 0x30000000, 0xFFFFFFFF_FFFFFFF0),),
-        *((Check(1, command),) for command in _IOCTLS),
-    )
 
 
 def decode_layout(fields: dict[str, Any]) -> HostLayout:

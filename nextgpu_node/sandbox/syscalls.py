@@ -50,6 +50,7 @@ SYSCALLS: Final[dict[str, tuple[int | None, int | None]]] = {
     "sched_getscheduler": (145, 120), "mount": (165, 40), "umount2": (166, 39),
     "pivot_root": (155, 41), "mount_setattr": (442, 442), "landlock_create_ruleset": (444, 444),
     "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
+    "sethostname": (170, 161), "ioprio_set": (251, 30),
     "seccomp": (317, 277), "capset": (126, 91), "execve": (59, 221), "fork": (57, None),
 }
 # fmt: on
@@ -100,6 +101,8 @@ _CAPABILITY_VERSION_3: Final = 0x20080522
 _LANDLOCK_CREATE_RULESET_VERSION: Final = 1
 _LANDLOCK_RULE_PATH_BENEATH: Final = 1
 _SECCOMP_SET_MODE_FILTER: Final = 1
+_IOPRIO_WHO_PROCESS: Final = 1
+_IOPRIO_CLASS_IDLE: Final = 3
 _MADV_HUGEPAGE: Final = 14
 _MADV_COLLAPSE: Final = 25
 
@@ -276,6 +279,17 @@ def landlock_allow_path(ruleset_fd: int, path_fd: int, access: int) -> None:
 
 def landlock_restrict_self(ruleset_fd: int) -> None:
     _syscall("landlock_restrict_self", ruleset_fd, 0)
+
+
+def set_host_name(name: str) -> None:
+    """The name of this process's UTS namespace, which must be its own."""
+    encoded = name.encode()
+    _syscall("sethostname", encoded, len(encoded))
+
+
+def set_idle_io_priority() -> None:
+    """This thread's disk requests go when nobody else has any (ioprio_set(2))."""
+    _syscall("ioprio_set", _IOPRIO_WHO_PROCESS, 0, _IOPRIO_CLASS_IDLE << 13)
 
 
 def install_seccomp_filter(program: bytes) -> None:

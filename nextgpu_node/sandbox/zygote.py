@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import importlib
 import os
+import platform
 import resource
 import select
 import signal
@@ -82,6 +83,8 @@ def _load(name: str) -> tuple[ModuleType, str]:
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1:
         raise RuntimeError(f"preload() left {threads} threads running; a fork needs one")
+    # Some module's import has asked for it, and platform keeps the host's name for ever.
+    platform._uname_cache = None  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()
     _collapse_heap()

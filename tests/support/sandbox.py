@@ -93,6 +93,8 @@ def attacked_host(directory: Path, *, filtered: bool = True) -> Iterator[dict[st
             "unix_path": unix_path,
             "abstract_name": abstract,
             "filtered": filtered,
+            "host_name": socket.gethostname(),
+            "site_packages": str(Path(trio.__file__).parents[1]),
             "max_threads": SMALL.max_threads,
             "memory_bytes": SMALL.memory_bytes,
             "tmpfs_bytes": SMALL.tmpfs_bytes,

@@ -19,7 +19,7 @@ from nextgpu_node.errors import SandboxError
 from nextgpu_node.sandbox import wipe
 from nextgpu_node.sandbox.launcher import Launcher
 from nextgpu_node.sandbox.layout import read_layout
-from nextgpu_node.sandbox.policy import MIB, plan_worker
+from nextgpu_node.sandbox.policy import MIB, Tier, plan_worker
 from nextgpu_protocol.framing import FrameKind, encode_frame
 from tests.support.sandbox import (
     ATTACK_WORKER,
@@ -31,6 +31,7 @@ from tests.support.sandbox import (
     running_launcher,
     verdict,
 )
+from tests.support.torch_worker import OPERATIONS
 
 pytestmark = pytest.mark.sandbox
 
@@ -288,6 +289,19 @@ async def test_torch_runs_inside_and_each_worker_has_its_own_random_state(tmp_pa
     assert products[0] != products[1]
 
 
+@pytest.mark.parametrize("tier", ["A", "C"])
+async def test_torch_computes_under_every_layer(tier: Tier, tmp_path: Path) -> None:
+    answers = {}
+    async with running_launcher(tmp_path, TORCH_WORKER, tier=tier) as launcher:
+        worker = await launcher.spawn(dataclasses.replace(SMALL, memory_bytes=1024 * MIB))
+        for name in OPERATIONS:
+            await worker.stream.send_all(encode_frame(FrameKind.DATA, name.encode()))
+            with trio.fail_after(30):
+                answers[name] = (await read_frame(worker.stream))[1]
+        await worker.finish()
+    assert {name: said for name, said in answers.items() if said != b"ok"} == {}
+
+
 async def test_tier_c_confines_without_namespaces(tmp_path: Path) -> None:
     """Landlock and seccomp alone: no host file, no socket, no process, nothing to write to."""
     blocked = (
@@ -323,7 +337,7 @@ def test_unprivileged_user_gets_the_same_tier(tmp_path: Path) -> None:
         timeout=60,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["A", "user-namespace", "blocked", "True"], run.stdout
+    assert run.stdout.split() == ["A", "tier-A", "user-namespace", "blocked", "True"], run.stdout
 
 
 def _passable(tmp_path: Path) -> str:
@@ -357,7 +371,7 @@ async def main():
     with attacked_host(Path("/mnt/run")) as facts:
         async with running_launcher(Path("/mnt/run"), ATTACK_WORKER) as launcher:
             worker = await launcher.spawn(SMALL)
-            print(worker.layers[0])
+            print(*worker.layers[:2])
             found = []
             for name in attack_worker.ATTACKS:
                 answer = await verdict(worker, name, facts)
