@@ -270,7 +270,7 @@ class SharingConfig:
     serve: Literal["allow", "tokens", "everyone"] = _setting(
         "allow", Choice(("allow", "tokens", "everyone"))
     )
-    minimum_isolation: Literal["A", "C"] = _setting("A", Choice(("A", "C")))
+    minimum_isolation: Literal["A", "B", "C"] = _setting("A", Choice(("A", "B", "C")))
     max_concurrent_units: int = _setting(1, Whole(1, 64))
     max_unit_seconds: int = _setting(600, _UNIT_SECONDS)
     max_memory_bytes: int = _setting(4 * GIB, _MEMORY_SIZE)

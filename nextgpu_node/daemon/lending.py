@@ -27,7 +27,8 @@ from nextgpu_node.daemon.workers import status_of_exit
 from nextgpu_node.errors import NetworkError, PeerLost, SandboxError, StoreError
 from nextgpu_node.frames import ByteStream, FrameStream
 from nextgpu_node.identity import Identity
-from nextgpu_node.sandbox.launcher import Worker, WorkerExit
+from nextgpu_node.sandbox.launcher import Worker
+from nextgpu_node.sandbox.slots import WorkerExit
 from nextgpu_node.store.token_ledger import TokenLedger
 from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message

@@ -27,9 +27,10 @@ from nextgpu_node.errors import SandboxError
 from nextgpu_node.hostinfo.devices import Device, default_threads
 from nextgpu_node.identity import Identity
 from nextgpu_node.p2p.streams import PeerStream
-from nextgpu_node.sandbox.launcher import Launcher, Worker
-from nextgpu_node.sandbox.policy import WorkerPolicy
+from nextgpu_node.sandbox.launcher import Worker
+from nextgpu_node.sandbox.policy import TIERS, WorkerPolicy
 from nextgpu_node.sandbox.probe import SandboxReport, probe
+from nextgpu_node.sandbox.service_launcher import launcher_for
 from nextgpu_protocol.capability import keys_for_capacity
 from nextgpu_protocol.envelope import Signed, sign_message
 from nextgpu_protocol.errors import ErrorCode
@@ -42,7 +43,6 @@ log = structlog.get_logger()
 _CAPACITY_LIFETIME_MS = 60_000
 _RESTART_S = 30
 _WARM_WORKER_S = 24 * 3600.0
-_TIERS = {"A": 2, "C": 1}
 _OFF = "sharing is off"
 _STARTING = "starting"
 
@@ -124,7 +124,7 @@ class Provider:
     async def _lend_once(self) -> None:
         self.sandbox = await trio.to_thread.run_sync(probe)
         tier = self.sandbox.tier
-        if tier == "none" or _TIERS[tier] < _TIERS[self._config.minimum_isolation]:
+        if tier == "none" or TIERS.index(tier) > TIERS.index(self._config.minimum_isolation):
             missing = ", ".join(layer for layer, _ in self.sandbox.missing) or "unknown"
             self._pause(f"the sandbox lacks layers: {missing}; see `nextgpu doctor`")
             return
@@ -132,7 +132,7 @@ class Provider:
         if device is None:
             self._pause(f"there is no device {self._config.device!r}")
             return
-        launcher = Launcher(runtime_dir=self._worker_dir, tier=tier)
+        launcher = launcher_for(tier, self._worker_dir)
         async with trio.open_nursery() as nursery:
             await nursery.start(launcher.run)
             self._pool = WorkerPool(

@@ -9,8 +9,9 @@ import structlog
 import trio
 
 from nextgpu_node.errors import SandboxError
-from nextgpu_node.sandbox.launcher import Launcher, Worker, WorkerExit
+from nextgpu_node.sandbox.launcher import Launcher, Worker
 from nextgpu_node.sandbox.policy import WorkerPolicy
+from nextgpu_node.sandbox.slots import WorkerExit
 
 log = structlog.get_logger()
 

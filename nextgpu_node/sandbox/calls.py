@@ -43,11 +43,11 @@ _PLAIN_CALLS: Final = (
     *("getrandom", "sysinfo", "getrlimit", "getuid", "geteuid", "getgid", "getegid"),
     *("getresuid", "getresgid", "getgroups"),
 )
-# Only where the file system and the host's name are the worker's own.
+# Only where the file system is the worker's own.
 _OWN_ROOT_CALLS: Final = (
     *("access", "faccessat", "faccessat2", "readlink", "readlinkat", "chdir", "umask"),
     *("mkdir", "mkdirat", "unlink", "unlinkat", "rmdir", "rename", "renameat", "renameat2"),
-    *("ftruncate", "fallocate", "uname", "getppid"),
+    *("ftruncate", "fallocate", "getppid"),
 )
 # Questions that take a process id: about others only where there are none.
 _BY_PROCESS_CALLS: Final = ("sched_getaffinity", "sched_getparam", "sched_getscheduler")
@@ -144,12 +144,13 @@ def _cpu_rules() -> list[Rule]:
 
 def _gpu_rules(vendor: Vendor) -> list[Rule]:
     """The driver's interface is ioctl and shared mappings of its own device nodes; it needs
-    memfd_create, locks memory and names its threads.  Not verified on a card of any vendor."""
+    memfd_create, locks memory, names its threads and may ask for the kernel's release.  Not
+    verified on a card of any vendor."""
     return [
         Rule("mmap", ((Check(3, 0, _MAP_SHARED),), (Check(3, 0, _MAP_ANONYMOUS),))),
         Rule("ioctl", (*_DRIVER_IOCTLS[vendor], *_any_of(_IOCTLS, 1))),
         Rule("prctl", _any_of((_PR_SET_NAME, _PR_GET_NAME, _PR_GET_DUMPABLE), 0)),
-        *(Rule(name) for name in ("futex", "memfd_create", "mlock", "munlock", "pipe2")),
+        *(Rule(name) for name in ("futex", "memfd_create", "mlock", "munlock", "pipe2", "uname")),
     ]
 
 

@@ -19,10 +19,12 @@ from typing import Final
 
 import trio
 
-_MOUNT: Final = Path("/sys/fs/cgroup")
+from nextgpu_node.sandbox.surroundings import CGROUP_ROOT, read_own_groups
+
 _PREFIX: Final = "nextgpu-"
 _DAEMON_LEAF: Final = f"{_PREFIX}daemon"
 _RETRY_S: Final = 0.002
+_PERIOD_US: Final = 100_000  # of cpu.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,10 @@ class Hierarchy:
         self.version = version
         self._parent = parent
 
+    @property
+    def layer(self) -> str:
+        return f"cgroup-v{self.version}"
+
     def claim(self) -> None:
         """v2: make room for workers' groups.  Raises OSError.
 
@@ -99,9 +105,13 @@ class Hierarchy:
         leaf.mkdir(exist_ok=True)
         for pid in _members(self._parent):
             _set(leaf / "cgroup.procs", int(pid))
-        (self._parent / "cgroup.subtree_control").write_text("+memory +pids")
+        control = self._parent / "cgroup.subtree_control"
+        control.write_text("+memory +pids")
+        # Not everybody delegates it: max_threads bounds the processor time as well.
+        with contextlib.suppress(OSError):
+            control.write_text("+cpu")
 
-    def create(self, name: str, *, memory_bytes: int, pids: int) -> Group:
+    def create(self, name: str, *, memory_bytes: int, pids: int, cpus: int) -> Group:
         """A new group with its limits set.  Raises OSError."""
         directory = self._parent / f"{_PREFIX}{name}"
         directory.mkdir()
@@ -110,6 +120,8 @@ class Hierarchy:
             _set_if_present(directory / "memory.swap.max", 0)
             _set_if_present(directory / "memory.oom.group", 1)
             _set(directory / "pids.max", pids)
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                (directory / "cpu.max").write_text(f"{cpus * _PERIOD_US} {_PERIOD_US}")
         else:
             _set(directory / "memory.limit_in_bytes", memory_bytes)
             _set_if_present(directory / "memory.memsw.limit_in_bytes", memory_bytes)
@@ -143,21 +155,8 @@ def start_ticks(pid: int) -> int | None:
 
 def find_hierarchy() -> Hierarchy | None:
     """Where this process may make cgroups; None where it may not, or limits are missing."""
-    try:
-        own = _own_groups(Path("/proc/self/cgroup").read_text())
-    except OSError:
-        return None
-    return _find_v2(own, _MOUNT) or _find_v1(own, _MOUNT)
-
-
-def _own_groups(text: str) -> dict[str, str]:
-    """/proc/self/cgroup -> controller ("" for v2) to path."""
-    groups: dict[str, str] = {}
-    for line in text.splitlines():
-        _, controllers, path = line.split(":", 2)
-        for controller in controllers.split(","):
-            groups[controller] = path
-    return groups
+    own = read_own_groups()
+    return _find_v2(own, CGROUP_ROOT) or _find_v1(own, CGROUP_ROOT)
 
 
 def _find_v2(own: dict[str, str], mount: Path) -> Hierarchy | None:

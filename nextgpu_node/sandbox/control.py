@@ -2,9 +2,11 @@
 
 SEQPACKET pair;  u32 length of head (big-endian) ‖ head (JSON) ‖ tail      descriptors beside it
 
-daemon -> zygote   {"spawn": id, "spare_uid": n, "cgroup_v2": bool}  tail: plan
-                   descriptors: the worker's socket, then cgroup files
-zygote -> daemon   {"ready": runtime, "layout": {…}}
+daemon -> zygote   {"spawn": id, "spare_uid": n}  tail: plan
+                   descriptors: the worker's socket, then the directory of its cgroup (v2)
+                   {…, "probe": true}   the worker attacks its walls and serves no unit
+                   {"kill": id}         where the worker has a user that is not the daemon's
+zygote -> daemon   {"ready": runtime, "layout": {…}, "surroundings": {…} of a service, or null}
                    {"failed": sentence}                     the worker module can not be loaded
                    {"spawned": id, "pid": n}                descriptor: its pidfd
                    {"refused": id, "error": sentence}       the fork itself failed

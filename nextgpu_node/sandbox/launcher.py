@@ -9,16 +9,14 @@ The daemon sees ciphertext alone on a worker's stream, and never takes a descrip
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import secrets
 import signal
 import socket
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import structlog
 import trio
@@ -34,8 +32,9 @@ from nextgpu_node.sandbox.policy import (
     encode_plan,
     plan_worker,
 )
+from nextgpu_node.sandbox.slots import Slot, WorkerExit
 from nextgpu_node.sandbox.wipe import WipeReport
-from nextgpu_node.sandbox.zygote_process import start_zygote
+from nextgpu_node.sandbox.zygote_link import ZygoteLink
 from nextgpu_protocol.errors import RemoteProtocolError
 from nextgpu_protocol.framing import HEAD_BYTES, FrameDecoder, FrameKind
 
@@ -53,22 +52,6 @@ _SOUND_AFTER_S: Final = 60.0
 # Ids that Debian Policy 9.2.2 leaves to no account.  One for each live worker: the kernel counts
 # threads per id.
 _SPARE_UIDS: Final = range(64000, 65000)
-ExitReason = Literal["exited", "signalled", "oom", "timeout", "cpu-limit", "killed", "lost"]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerExit:
-    """How a worker ended.  `code` is its exit code, or None where a signal ended it.
-
-    "killed" is `finish` by this daemon, "lost" an end that the zygote did not live to report.
-    """
-
-    reason: ExitReason
-    code: int | None
-    signal: int | None
-    wall_s: float
-    cpu_s: float
-    peak_rss_bytes: int
 
 
 class Worker:
@@ -77,7 +60,7 @@ class Worker:
     def __init__(
         self,
         launcher: Launcher,
-        slot: _Slot,
+        slot: Slot,
         stream: trio.abc.Stream,
         public_key: bytes,
     ) -> None:
@@ -131,128 +114,6 @@ class _WorkerStream(trio.abc.Stream):
         await self._stream.aclose()
 
 
-class _Slot:
-    """What the launcher keeps about one worker from the request to the end of its wipe."""
-
-    def __init__(self, spawn_id: int, plan: Plan, group: cgroups.Group | None) -> None:
-        self.spawn_id = spawn_id
-        self.plan = plan
-        self.group = group
-        self.layers = (*plan.layers(), *([group.layer] if group else []))
-        self.spare_uid = 0
-        self.pid = 0
-        self.pidfd: int | None = None
-        self.refusal: str | None = None
-        self.kill_reason: ExitReason | None = None
-        self.wall_scope = trio.CancelScope()
-        self.exit: WorkerExit | None = None
-        self.report: WipeReport | None = None
-        self.wiping = trio.Lock()
-        self.answered = trio.Event()
-        self.in_group = trio.Event()
-        self.ended = trio.Event()
-        self.stream: trio.SocketStream | None = None
-
-    async def wait_exit(self) -> WorkerExit:
-        await self.ended.wait()
-        assert self.exit is not None
-        return self.exit
-
-    def kill(self, reason: ExitReason) -> None:
-        """SIGKILL to the first process of its PID namespace: the kernel takes all the others."""
-        if self.exit is None and self.pidfd is not None:
-            self.kill_reason = self.kill_reason or reason
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def on_spawned(self, pid: int, pidfd: int) -> None:
-        self.pid = pid
-        self.pidfd = pidfd
-        self.answered.set()
-
-    def on_refused(self, sentence: str) -> None:
-        self.refusal = sentence
-        self.exit = WorkerExit("exited", None, None, 0.0, 0.0, 0)
-        self.answered.set()
-        self.ended.set()
-
-    def on_exited(self, head: control.Head) -> None:
-        status = head["status"]
-        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
-        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-        self._end(
-            WorkerExit(
-                self._reason(number, head["cpu_s"]),
-                code,
-                number,
-                head["wall_s"],
-                head["cpu_s"],
-                head["peak_rss_bytes"],
-            )
-        )
-
-    def on_lost(self) -> None:
-        self._end(WorkerExit(self.kill_reason or "lost", None, None, 0.0, 0.0, 0))
-
-    def _end(self, exit_: WorkerExit) -> None:
-        if self.exit is None:
-            self.exit = exit_
-        self.answered.set()
-        self.ended.set()
-        self.wall_scope.cancel()
-
-    def _reason(self, number: int | None, cpu_s: float) -> ExitReason:
-        if number is None:
-            return "exited"
-        if number != signal.SIGKILL:
-            return "signalled"
-        if self.kill_reason is not None:
-            return self.kill_reason
-        if self.group is not None and self.group.out_of_memory():
-            return "oom"
-        cpu_limit_s = dict(self.plan.rlimits).get("RLIMIT_CPU")
-        # The kernel compares at clock ticks, and the accounting is rounded to them.
-        if cpu_limit_s is not None and cpu_s >= cpu_limit_s - 0.1:
-            return "cpu-limit"
-        return "signalled"
-
-
-class _Zygote:
-    """One zygote process and the control socket to it."""
-
-    def __init__(self, module: str) -> None:
-        self.process, ours = start_zygote(module)
-        self.pidfd = os.pidfd_open(self.process.pid)
-        self.channel = trio.socket.from_stdlib_socket(ours)
-        self._sending = trio.Lock()
-
-    async def send(self, head: control.Head, tail: bytes, fds: list[int]) -> None:
-        async with self._sending:
-            await self.channel.sendmsg([control.pack(head, tail)], control.pack_descriptors(fds))
-
-    async def receive(self) -> tuple[control.Head, list[int]] | None:
-        """The next message; None once the zygote is gone."""
-        try:
-            packet, ancillary, _, _ = await self.channel.recvmsg(
-                control.MAX_PACKET_BYTES, control.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-            )
-        except ConnectionResetError:
-            return None
-        if not packet:
-            return None
-        head, _ = control.unpack(packet)
-        return head, control.unpack_descriptors(ancillary)
-
-    async def end(self) -> None:
-        """Kill and reap.  Idempotent."""
-        self.channel.close()
-        if self.process.returncode is None:
-            self.process.kill()
-            await trio.lowlevel.wait_readable(self.pidfd)
-            self.process.wait()
-            os.close(self.pidfd)
-
-
 class Launcher:
     """Spawns confined workers.  `run` must be running; `runtime_dir` is private to this user."""
 
@@ -268,8 +129,8 @@ class Launcher:
         self._tier: Tier = tier
         self._name = secrets.token_hex(4)
         self._spawn_count = 0
-        self._slots: dict[int, _Slot] = {}
-        self._zygote: _Zygote | None = None
+        self._slots: dict[int, Slot] = {}
+        self._zygote: ZygoteLink | None = None
         self._zygote_up = trio.Event()
         self._layout: HostLayout | None = None
         self._runtime: str | None = None
@@ -287,14 +148,14 @@ class Launcher:
     @property
     def zygote_pid(self) -> int | None:
         """The process id of the zygote, None while it is being restarted."""
-        return self._zygote.process.pid if self._zygote else None
+        return self._zygote.pid if self._zygote else None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep a zygote until cancelled; started once the first one is ready.
 
         Raises SandboxError where the first one can not be had.
         """
-        self._hierarchy = _claim_hierarchy()
+        self._hierarchy = self._claim_hierarchy()
         await self._remove_leftovers()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -322,7 +183,7 @@ class Launcher:
     async def spawn_planned(self, plan: Plan, *, wall_s: float) -> Worker:
         """`spawn` under a plan that the caller has made."""
         zygote = await self._wait_zygote()
-        slot = self._open_slot(plan)
+        slot = self._open_slot(plan, zygote)
         try:
             await self._request(zygote, slot)
             worker = await self._greet(slot)
@@ -338,14 +199,14 @@ class Launcher:
         self._nursery.start_soon(self._enforce_wall_limit, slot)
         return worker
 
-    async def _wait_zygote(self) -> _Zygote:
+    async def _wait_zygote(self) -> ZygoteLink:
         while self._zygote is None and not self._closed:
             await self._zygote_up.wait()
         if self._zygote is None:
             raise SandboxError("The sandbox is shutting down.")
         return self._zygote
 
-    def _open_slot(self, plan: Plan) -> _Slot:
+    def _open_slot(self, plan: Plan, zygote: ZygoteLink) -> Slot:
         if not self._spare_uids:
             raise SandboxError("Too many workers are alive at once.")
         self._spawn_count += 1
@@ -356,15 +217,16 @@ class Launcher:
                     f"{cgroups.owner_name()}-{self._name}-{self._spawn_count}",
                     memory_bytes=plan.cgroup_memory_bytes,
                     pids=plan.cgroup_pids,
+                    cpus=plan.cgroup_cpus,
                 )
             except OSError as exc:
                 raise SandboxError(f"cgroup: {exc.strerror}. The worker was not started.") from exc
-        slot = _Slot(self._spawn_count, plan, group)
+        slot = Slot(self._spawn_count, plan, group, zygote)
         slot.spare_uid = self._spare_uids.pop()
         self._slots[slot.spawn_id] = slot
         return slot
 
-    async def _request(self, zygote: _Zygote, slot: _Slot) -> None:
+    async def _request(self, zygote: ZygoteLink, slot: Slot) -> None:
         head: control.Head = {"spawn": slot.spawn_id, "spare_uid": slot.spare_uid}
         fds: list[int] = []
         try:
@@ -389,11 +251,11 @@ class Launcher:
             slot.in_group.set()
         self._raise_refusal(slot)
 
-    def _raise_refusal(self, slot: _Slot) -> None:
+    def _raise_refusal(self, slot: Slot) -> None:
         if slot.refusal is not None:
             raise SandboxError(f"The worker could not be confined: {slot.refusal}.")
 
-    async def _greet(self, slot: _Slot) -> Worker:
+    async def _greet(self, slot: Slot) -> Worker:
         stream = slot.stream
         assert stream is not None
         try:
@@ -412,7 +274,7 @@ class Launcher:
         self._raise_refusal(slot)
         return Worker(self, slot, _WorkerStream(stream, rest), body)
 
-    async def _join_group(self, slot: _Slot, group: cgroups.Group) -> None:
+    async def _join_group(self, slot: Slot, group: cgroups.Group) -> None:
         """At the same time as the worker starts: the kernel makes us wait, milliseconds, in v1."""
         try:
             await group.adopt(slot.pid)
@@ -421,14 +283,14 @@ class Launcher:
         finally:
             slot.in_group.set()
 
-    async def _enforce_wall_limit(self, slot: _Slot) -> None:
+    async def _enforce_wall_limit(self, slot: Slot) -> None:
         with slot.wall_scope:
             await slot.ended.wait()
         if slot.exit is None:
             log.info("worker.timed_out", worker_pid=slot.pid)
             slot.kill("timeout")
 
-    async def finish_slot(self, slot: _Slot) -> WipeReport:
+    async def finish_slot(self, slot: Slot) -> WipeReport:
         """Worker.finish: one wipe per worker, whoever asks."""
         with trio.CancelScope(shield=True):
             async with slot.wiping:
@@ -438,14 +300,12 @@ class Launcher:
         assert slot.report is not None
         return slot.report
 
-    async def _wipe(self, slot: _Slot) -> WipeReport:
+    async def _wipe(self, slot: Slot) -> WipeReport:
         slot.kill("killed")
         if slot.stream is not None:
             await trio.aclose_forcefully(slot.stream)
-        reaped, cgroup_gone = slot.pidfd is None, slot.group is None
-        no_swap = wipe.swap_is_off()
-        if slot.group is not None and slot.group.swap_forbidden():
-            no_swap = "yes"
+        reaped, remains = slot.pidfd is None, self._expected_remains(slot)
+        no_swap: wipe.Answer = "yes" if self._swap_is_forbidden(slot) else wipe.swap_is_off()
         with trio.move_on_after(_WIPE_DEADLINE_S):
             await slot.ended.wait()
             if slot.pidfd is not None:
@@ -453,27 +313,22 @@ class Launcher:
                 while not wipe.is_gone(slot.pidfd):  # noqa: ASYNC110
                     await trio.sleep(0.005)
                 reaped = True
-            if slot.group is not None:
-                cgroup_gone = await slot.group.remove()
-        session_empty = not slot.pid or not await trio.to_thread.run_sync(
-            wipe.session_members, slot.pid
-        )
-        no_mounts = wipe.mounts_left() == 0
-        tree_killed = reaped and session_empty
-        return WipeReport(
-            tree_killed=tree_killed,
-            reaped=reaped,
-            scratch_gone=tree_killed and no_mounts,
-            no_swap=no_swap,
-            steps=(
-                ("worker-reaped", reaped),
-                ("no-process-left", session_empty),
-                ("no-mount-on-host", no_mounts),
-                ("cgroup-removed", cgroup_gone),
-            ),
-        )
+            remains = await self._remove_remains(slot)
+        return await trio.to_thread.run_sync(wipe.look, slot.pid, reaped, remains, no_swap)
 
-    def _close_slot(self, slot: _Slot) -> None:
+    def _swap_is_forbidden(self, slot: Slot) -> bool:
+        return slot.group is not None and slot.group.swap_forbidden()
+
+    def _expected_remains(self, slot: Slot) -> wipe.Steps:
+        """What `_remove_remains` answers if it does not come to its end."""
+        return (("cgroup-removed", slot.group is None),)
+
+    async def _remove_remains(self, slot: Slot) -> wipe.Steps:
+        """What outlives the process on the host, removed and looked up again."""
+        gone = slot.group is None or await slot.group.remove()
+        return (("cgroup-removed", gone),)
+
+    def _close_slot(self, slot: Slot) -> None:
         if slot.pidfd is not None:
             os.close(slot.pidfd)
             slot.pidfd = None
@@ -482,15 +337,24 @@ class Launcher:
         self._spare_uids.insert(0, slot.spare_uid)
         report = slot.report
         if report is not None and not report.complete:
-            failed = [name for name, held in report.steps if not held]
-            log.error("worker.wipe_incomplete", worker_pid=slot.pid, failed=failed)
+            log.error("worker.wipe_incomplete", worker_pid=slot.pid, failed=report.failed)
+
+    def _claim_hierarchy(self) -> cgroups.Hierarchy | None:
+        hierarchy = cgroups.find_hierarchy()
+        if hierarchy is not None:
+            try:
+                hierarchy.claim()
+            except OSError as exc:
+                log.warning("cgroup.not_usable", reason=exc.strerror)
+                return None
+        return hierarchy
 
     async def _supervise(self, task_status: trio.TaskStatus[None]) -> SandboxError:
         """Returns only if the first zygote could not be had, with the reason."""
         backoff_s = _FIRST_BACKOFF_S
         while True:
             started = trio.current_time()
-            zygote = _Zygote(self._worker_module)
+            zygote = ZygoteLink.start(self._worker_module)
             try:
                 await self._serve_zygote(zygote, task_status)
             except trio.Cancelled:
@@ -512,7 +376,7 @@ class Launcher:
             await trio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
 
-    async def _serve_zygote(self, zygote: _Zygote, task_status: trio.TaskStatus[None]) -> None:
+    async def _serve_zygote(self, zygote: ZygoteLink, task_status: trio.TaskStatus[None]) -> None:
         first = self._runtime is None
         self._write_state(zygote)
         await self._await_ready(zygote)
@@ -523,7 +387,7 @@ class Launcher:
         while (message := await zygote.receive()) is not None:
             self._dispatch(*message)
 
-    async def _await_ready(self, zygote: _Zygote) -> None:
+    async def _await_ready(self, zygote: ZygoteLink) -> control.Head:
         try:
             with trio.fail_after(_PRELOAD_DEADLINE_S):
                 message = await zygote.receive()
@@ -536,7 +400,8 @@ class Launcher:
             raise SandboxError(str(head["failed"]))
         self._layout = decode_layout(head["layout"])
         self._runtime = head["ready"]
-        log.info("zygote.started", runtime=self._runtime, zygote_pid=zygote.process.pid)
+        log.info("zygote.started", runtime=self._runtime, zygote_pid=zygote.pid)
+        return head
 
     def _dispatch(self, head: control.Head, fds: list[int]) -> None:
         name = next(iter(head))
@@ -554,7 +419,7 @@ class Launcher:
         else:
             slot.on_exited(head)
 
-    async def _drain(self, zygote: _Zygote) -> None:
+    async def _drain(self, zygote: ZygoteLink) -> None:
         """Kill all workers while their zygote can still reap them and report."""
         while any(not slot.ended.is_set() for slot in self._slots.values()):
             for slot in self._slots.values():
@@ -578,12 +443,14 @@ class Launcher:
                 nursery.start_soon(self.finish_slot, slot)
         (self._directory / "state.json").unlink(missing_ok=True)
 
-    def _write_state(self, zygote: _Zygote) -> None:
+    def _write_state(self, zygote: ZygoteLink) -> None:
         """For the next daemon, should this one be killed: what may have been left behind."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        assert zygote.pid is not None
         state = {
-            "zygote_pid": zygote.process.pid,
-            "zygote_started": cgroups.start_ticks(zygote.process.pid),
+            "boot": boot_id(),
+            "zygote_pid": zygote.pid,
+            "zygote_started": cgroups.start_ticks(zygote.pid),
         }
         temporary = self._directory / "state.json.new"
         temporary.write_text(json.dumps(state))
@@ -597,7 +464,9 @@ class Launcher:
         except (OSError, ValueError):
             state = {}
         if state:
-            await _kill_if_same(int(state["zygote_pid"]), int(state["zygote_started"]))
+            # After a boot, its process id may be anybody's.
+            if state.get("boot") == boot_id():
+                await _kill_if_same(int(state["zygote_pid"]), int(state["zygote_started"]))
             log.warning("sandbox.leftovers_removed")
         for group in self._hierarchy.leftovers() if self._hierarchy else ():
             with trio.move_on_after(_WIPE_DEADLINE_S):
@@ -618,15 +487,9 @@ async def _read_frame(stream: trio.SocketStream) -> tuple[FrameKind, bytes, byte
     raise EOFError
 
 
-def _claim_hierarchy() -> cgroups.Hierarchy | None:
-    hierarchy = cgroups.find_hierarchy()
-    if hierarchy is not None:
-        try:
-            hierarchy.claim()
-        except OSError as exc:
-            log.warning("cgroup.not_usable", reason=exc.strerror)
-            return None
-    return hierarchy
+def boot_id() -> str:
+    """Names this run of the kernel (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 async def _kill_if_same(pid: int, started: int) -> None:

@@ -172,7 +172,7 @@ def gpu_vendor(policy: WorkerPolicy, layout: HostLayout) -> Vendor | None:
 
 
 def _gpu_nodes(policy: WorkerPolicy, layout: HostLayout, gpu: Vendor | None) -> tuple[str, ...]:
-    """The nodes of one vendor's driver: its control nodes, and those of the card, if it is known."""
+    """The nodes of one vendor's driver: its control nodes, and the card's, if it is known which."""
     if gpu is None:
         return ()
     prefix = "/dev/nvidia" if gpu == "nvidia" else _RENDER_NODE

@@ -174,6 +174,10 @@ def fork_with_namespaces(flags: int, cgroup_fd: int | None = None) -> tuple[int,
     Only for a process with a single thread.  The interpreter's own hooks run as in os.fork.  The
     child's thread id is written where the C library caches it: raise(3) and abort(3) use it.
     """
+    if not flags and cgroup_fd is None:
+        # A service manager's filter may refuse clone3, whose arguments it can not look into.
+        pid = os.fork()
+        return pid, os.pidfd_open(pid) if pid else -1
     pidfd = ctypes.c_int(-1)
     tid_address = _tid_address()
     args = _CloneArgs(flags=flags | _CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=17)

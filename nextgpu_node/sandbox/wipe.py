@@ -6,6 +6,7 @@ for.  A worker writes to its own tmpfs alone, which the kernel frees with the mo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ _MOUNT_NAMES: Final = ("nextgpu-root", "nextgpu-scratch")
 _SESSION_FIELD: Final = 3  # of /proc/pid/stat, counted behind the command's closing bracket
 
 Answer = Literal["yes", "no", "unknown"]
+Steps = tuple[tuple[str, bool], ...]
+# What this software can not bring about by itself: told in every receipt, no failure of a wipe.
+HOST_STEPS: Final = ("no-swap", "memory-cleared-on-free")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +31,30 @@ class WipeReport:
     reaped: bool
     scratch_gone: bool
     no_swap: Answer
-    steps: tuple[tuple[str, bool], ...]
+    steps: Steps
+
+    @property
+    def failed(self) -> list[str]:
+        """The steps that should have held and did not."""
+        return [name for name, held in self.steps if not held and name not in HOST_STEPS]
 
     @property
     def complete(self) -> bool:
-        return all(held for _, held in self.steps)
+        return not self.failed
+
+
+def look(pid: int, reaped: bool, remains: Steps, no_swap: Answer) -> WipeReport:
+    """The report on the worker that was `pid`.  Blocks for a look through /proc."""
+    steps: list[tuple[str, bool]] = [("worker-reaped", reaped)]
+    tree_killed = reaped
+    if sees_all_processes():
+        alone = not pid or not session_members(pid)
+        steps.append(("no-process-left", alone))
+        tree_killed = tree_killed and alone
+    no_mounts = mounts_left() == 0
+    steps += [("no-mount-on-host", no_mounts), *remains]
+    steps += [("no-swap", no_swap == "yes"), ("memory-cleared-on-free", memory_is_cleared())]
+    return WipeReport(tree_killed, reaped, tree_killed and no_mounts, no_swap, tuple(steps))
 
 
 def is_gone(pidfd: int) -> bool:
@@ -42,6 +65,19 @@ def is_gone(pidfd: int) -> bool:
         return True
     except PermissionError:
         return False
+    return False
+
+
+def sees_all_processes() -> bool:
+    """Whether /proc shows other users' processes (not under hidepid=, ProtectProc=)."""
+    return Path(_PROC, "1").exists()
+
+
+def memory_is_cleared() -> bool:
+    """Whether this kernel was booted to clear memory as it is freed; otherwise it is cleared when
+    another process gets it."""
+    with contextlib.suppress(OSError):
+        return "init_on_free=1" in Path("/proc/cmdline").read_text().split()
     return False
 
 

@@ -5,6 +5,9 @@
 It has one thread (a fork copies only the calling one), an empty environment, no descriptor but
 its control socket, and never reads from a worker's socket: unit bytes do not pass through it.
 It ends when the daemon does, and its workers end with it.
+
+With --single it is the main process of one instance of systemd's nextgpu-worker@.service (tier B):
+its control socket is a connection that systemd has accepted, and it ends with its first worker.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from nextgpu_node.sandbox import control, seccomp, syscalls
 from nextgpu_node.sandbox.confine import WORKER_FD, ConfineError, confine, namespace_flags
 from nextgpu_node.sandbox.layout import read_layout
 from nextgpu_node.sandbox.policy import Plan, decode_plan
+from nextgpu_node.sandbox.surroundings import read_surroundings
+from nextgpu_node.sandbox.zygote_process import PROBE_MODULE
 from nextgpu_protocol.framing import FrameKind, encode_frame
 
 # A worker that could not be confined says why in an ERROR frame and ends with this code.
@@ -47,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="nextgpu_node.sandbox.zygote")
     parser.add_argument("--worker-module", required=True)
     parser.add_argument("--control-fd", required=True, type=int)
+    parser.add_argument("--single", action="store_true")
     options = parser.parse_args(argv)
     channel = socket.socket(fileno=options.control_fd)
     channel.set_inheritable(False)
@@ -56,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as exc:  # whatever a module's import may raise: the daemon is told
         _tell(channel, {"failed": f"{options.worker_module} can not be loaded: {exc!r:.300}"})
         sys.exit(1)
-    _tell(channel, {"ready": runtime, "layout": dataclasses.asdict(read_layout())})
-    Zygote(channel, module).serve()
+    surroundings = dataclasses.asdict(read_surroundings()) if options.single else None
+    layout = dataclasses.asdict(read_layout())
+    _tell(channel, {"ready": runtime, "layout": layout, "surroundings": surroundings})
+    Zygote(channel, module, single=options.single).serve()
 
 
 def _harden(channel: socket.socket) -> None:
@@ -83,8 +91,9 @@ def _load(name: str) -> tuple[ModuleType, str]:
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1:
         raise RuntimeError(f"preload() left {threads} threads running; a fork needs one")
-    # Some module's import has asked for it, and platform keeps the host's name for ever.
-    platform._uname_cache = None  # type: ignore[attr-defined]
+    # A worker may not ask for these any more, and shall not find the host's answers cached.
+    told = platform.uname()._replace(node="worker", release="", version="")
+    platform._uname_cache = told  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()
     _collapse_heap()
@@ -122,9 +131,10 @@ class _Child:
 class Zygote:
     """Answers spawn requests and reaps.  `serve` returns when the daemon closes its end."""
 
-    def __init__(self, channel: socket.socket, module: ModuleType) -> None:
+    def __init__(self, channel: socket.socket, module: ModuleType, *, single: bool = False) -> None:
         self._channel = channel
         self._module = module
+        self._single = single
         self._children: dict[int, _Child] = {}  # by pidfd
         self._poll = select.poll()
         self._own_pidfd = os.pidfd_open(os.getpid())
@@ -135,6 +145,8 @@ class Zygote:
             for fd, _ in self._poll.poll():
                 if fd != self._channel.fileno():
                     self._reap(fd)
+                    if self._single:
+                        return
                 elif not self._answer():
                     return
 
@@ -146,6 +158,9 @@ class Zygote:
             return False
         head, tail = control.unpack(packet)
         fds = control.unpack_descriptors(ancillary)
+        if "kill" in head:
+            self._kill(head["kill"])
+            return True
         try:
             self._spawn(head, _decoded_plan(tail), fds)
         except OSError as exc:
@@ -155,12 +170,19 @@ class Zygote:
                 os.close(fd)
         return True
 
+    def _kill(self, spawn_id: int) -> None:
+        for pidfd, child in self._children.items():
+            if child.spawn_id == spawn_id:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
     def _spawn(self, head: control.Head, plan: Plan, fds: Sequence[int]) -> None:
         socket_fd, *cgroup_fds = fds
         into_cgroup = cgroup_fds[0] if cgroup_fds else None
         started = time.monotonic()
         pid, pidfd = syscalls.fork_with_namespaces(namespace_flags(plan), into_cgroup)
         if pid == 0:
+            if head.get("probe"):
+                self._module = importlib.import_module(PROBE_MODULE)
             self._become_worker(plan, head["spare_uid"], socket_fd)
         self._children[pidfd] = _Child(head["spawn"], pid, started)
         self._poll.register(pidfd, select.POLLIN)

@@ -1,4 +1,5 @@
-"""How a zygote process is started: by the launcher for work, by the probe to try the layers."""
+"""How a zygote is come by: started by the launcher for work or by the probe to try the layers, or
+had from systemd, which starts one for each connection to the worker service's socket."""
 
 from __future__ import annotations
 
@@ -6,6 +7,10 @@ import socket
 import subprocess
 import sys
 from typing import Final
+
+# systemd/nextgpu-worker.socket: one connection, one service instance, one worker.
+SERVICE_SOCKET: Final = "/run/nextgpu-worker.sock"
+PROBE_MODULE: Final = "nextgpu_node.sandbox.probe_worker"
 
 ENVIRONMENT: Final = {
     # numpy's import would start threads, and a fork needs a process with one.
@@ -38,3 +43,15 @@ def start_zygote(worker_module: str) -> tuple[subprocess.Popen[bytes], socket.so
             start_new_session=True,
         )
     return process, ours
+
+
+def connect_to_service() -> socket.socket:
+    """Our end of the control socket of a fresh worker service.  Raises OSError where systemd does
+    not listen, or this process may not connect."""
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        channel.connect(SERVICE_SOCKET)
+    except OSError:
+        channel.close()
+        raise
+    return channel

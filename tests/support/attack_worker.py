@@ -430,7 +430,7 @@ def read_cgroups(facts: Facts) -> str:
 
 @_attack
 def stat_host_file(facts: Facts) -> str:
-    return repr(os.stat(facts["secret_path"]).st_size)
+    return repr(Path(facts["secret_path"]).stat().st_size)
 
 
 @_attack
@@ -442,7 +442,8 @@ def ask_whether_host_file_exists(facts: Facts) -> str:
 
 @_attack
 def read_links_of_daemon(facts: Facts) -> str:
-    return repr([os.readlink(f"/proc/{facts['daemon_pid']}/{name}") for name in ("exe", "cwd")])
+    of_daemon = Path("/proc", str(facts["daemon_pid"]))
+    return repr([(of_daemon / name).readlink() for name in ("exe", "cwd")])
 
 
 @_attack
@@ -775,20 +776,24 @@ def run_memfd(facts: Facts) -> str:
 
 @_attack
 def see_launcher(facts: Facts) -> str:
-    if os.getppid() == 0:
+    if os.getppid() <= 0:
         raise ProcessLookupError("no parent here")
     return repr(os.getppid())
 
 
+def _launcher(facts: Facts) -> int:
+    return os.getppid() if os.getppid() > 0 else int(facts["daemon_pid"])
+
+
 @_attack
 def signal_launcher(facts: Facts) -> str:
-    os.kill(os.getppid() or facts["daemon_pid"], 0)
+    os.kill(_launcher(facts), 0)
     return "it can be signalled"
 
 
 @_attack
 def read_memory_of_launcher(facts: Facts) -> str:
-    return repr(_syscall(310, os.getppid() or facts["daemon_pid"], 0, 0, 0, 0, 0))
+    return repr(_syscall(310, _launcher(facts), 0, 0, 0, 0, 0))
 
 
 @_attack

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import trio
 
-from nextgpu_node.sandbox.launcher import Launcher, WorkerExit
+from nextgpu_node.sandbox.launcher import Launcher
+from nextgpu_node.sandbox.slots import WorkerExit
 from tests.support import attack_worker
 from tests.support.sandbox import (
     ATTACK_WORKER,
