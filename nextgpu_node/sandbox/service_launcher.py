@@ -36,7 +36,6 @@ class ServiceLauncher(Launcher):
     def __init__(self, *, runtime_dir: Path) -> None:
         super().__init__(runtime_dir=runtime_dir, tier="B")
         self._offer, self._take = trio.open_memory_channel[ZygoteLink](0)
-        self._around: dict[ZygoteLink, Surroundings] = {}
         self._own = read_surroundings()
 
     def _claim_hierarchy(self) -> cgroups.Hierarchy | None:
@@ -51,7 +50,7 @@ class ServiceLauncher(Launcher):
 
     def _open_slot(self, plan: Plan, zygote: ZygoteLink) -> Slot:
         slot = super()._open_slot(plan, zygote)
-        slot.layers = (*slot.layers, *self._around[zygote].layers(self._own))
+        slot.layers = (*slot.layers, *_around(slot).layers(self._own))
         assert self._nursery is not None
         self._nursery.start_soon(self._follow, zygote, slot)
         return slot
@@ -104,7 +103,7 @@ class ServiceLauncher(Launcher):
         except BaseException:
             await zygote.end()
             raise
-        self._around[zygote] = around
+        zygote.around = around
         return zygote
 
     def _expected_remains(self, slot: Slot) -> wipe.Steps:
@@ -113,14 +112,19 @@ class ServiceLauncher(Launcher):
     async def _remove_remains(self, slot: Slot) -> wipe.Steps:
         """The instance ends with its connection; its group goes when no process is left in it."""
         await slot.zygote.end()
-        group = Path(self._around.pop(slot.zygote).cgroup)
+        group = Path(_around(slot).cgroup)
         while group.name and group.exists():  # noqa: ASYNC110, ASYNC240  the kernel tells nobody
             await trio.sleep(_LOOK_AGAIN_S)
         return (("service-ended", bool(group.name)),)
 
     def _swap_is_forbidden(self, slot: Slot) -> bool:
-        group = Path(self._around[slot.zygote].cgroup)
+        group = Path(_around(slot).cgroup)
         return cgroups.Group(2, group).swap_forbidden()
+
+
+def _around(slot: Slot) -> Surroundings:
+    assert slot.zygote.around is not None
+    return slot.zygote.around
 
 
 def launcher_for(tier: Tier, runtime_dir: Path) -> Launcher:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 from typing import Final
 
 # name: (x86_64, aarch64); None where the architecture has no such call.  Source: the kernel's
@@ -255,11 +256,22 @@ def drop_bounding_set() -> None:
 
 
 def clear_capabilities() -> None:
-    """Empty the effective, permitted, inheritable and ambient sets (capabilities(7))."""
+    """Empty the effective, permitted, inheritable and ambient sets (capabilities(7)).
+
+    Does nothing where they are: a service manager has then emptied them, and may refuse capset.
+    """
+    if not _has_capabilities():
+        return
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     data = (ctypes.c_uint32 * 6)()
     _syscall("capset", ctypes.byref(header), ctypes.byref(data))
+
+
+def _has_capabilities() -> bool:
+    sets = [line for line in Path("/proc/self/status").read_text().splitlines() if "Cap" in line]
+    held = [int(line.split()[1], 16) for line in sets if not line.startswith("CapBnd")]
+    return any(held)
 
 
 def landlock_abi() -> int:

@@ -9,6 +9,7 @@ import subprocess
 import trio
 
 from nextgpu_node.sandbox import control
+from nextgpu_node.sandbox.surroundings import Surroundings
 from nextgpu_node.sandbox.zygote_process import start_zygote
 
 
@@ -19,6 +20,7 @@ class ZygoteLink:
         self, channel: socket.socket, process: subprocess.Popen[bytes] | None = None
     ) -> None:
         self.process = process
+        self.around: Surroundings | None = None  # where it is a service of its own
         self._pidfd = os.pidfd_open(process.pid) if process else None
         channel.setblocking(False)
         self._channel = trio.socket.from_stdlib_socket(channel)
@@ -39,12 +41,12 @@ class ZygoteLink:
             await self._channel.sendmsg([control.pack(head, tail)], control.pack_descriptors(fds))
 
     async def receive(self) -> tuple[control.Head, list[int]] | None:
-        """The next message; None once the zygote is gone."""
+        """The next message; None once the zygote is gone, or let go of."""
         try:
             packet, ancillary, _, _ = await self._channel.recvmsg(
                 control.MAX_PACKET_BYTES, control.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
             )
-        except ConnectionResetError:
+        except (ConnectionResetError, trio.ClosedResourceError):
             return None
         if not packet:
             return None

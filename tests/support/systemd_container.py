@@ -103,7 +103,9 @@ class Container:
     pid: int
     log: Path
 
-    def run(self, argv: Sequence[str], *, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, argv: Sequence[str], *, timeout_s: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         """`argv` inside, as root, in its namespaces."""
         enter = ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-C", "--"]
         return subprocess.run([*enter, *argv], capture_output=True, text=True, timeout=timeout_s)
