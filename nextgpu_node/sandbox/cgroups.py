@@ -105,11 +105,9 @@ class Hierarchy:
         leaf.mkdir(exist_ok=True)
         for pid in _members(self._parent):
             _set(leaf / "cgroup.procs", int(pid))
-        control = self._parent / "cgroup.subtree_control"
-        control.write_text("+memory +pids")
-        # Not everybody delegates it: max_threads bounds the processor time as well.
-        with contextlib.suppress(OSError):
-            control.write_text("+cpu")
+        # Not everybody delegates cpu: max_threads bounds the processor time as well.
+        cpu = " +cpu" if "cpu" in _controllers(self._parent) else ""
+        (self._parent / "cgroup.subtree_control").write_text(f"+memory +pids{cpu}")
 
     def create(self, name: str, *, memory_bytes: int, pids: int, cpus: int) -> Group:
         """A new group with its limits set.  Raises OSError."""
@@ -165,13 +163,16 @@ def _find_v2(own: dict[str, str], mount: Path) -> Hierarchy | None:
     group = mount / own[""].lstrip("/")
     if group.name == _DAEMON_LEAF:  # a launcher of this process was here before
         group = group.parent
-    try:
-        available = (group / "cgroup.controllers").read_text().split()
-    except OSError:
-        return None
-    if not {"memory", "pids"} <= set(available) or not _is_delegated(group):
+    if not {"memory", "pids"} <= _controllers(group) or not _is_delegated(group):
         return None
     return Hierarchy(2, group)
+
+
+def _controllers(group: Path) -> set[str]:
+    try:
+        return set((group / "cgroup.controllers").read_text().split())
+    except OSError:
+        return set()
 
 
 def _is_delegated(group: Path) -> bool:

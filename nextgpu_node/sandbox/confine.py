@@ -7,6 +7,7 @@ user_namespaces(7), capabilities(7), close_range(2)
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from nextgpu_node.sandbox import landlock, seccomp, syscalls
-from nextgpu_node.sandbox.policy import SCRATCH, Mount, Plan
+from nextgpu_node.sandbox.policy import EXTRA_THREADS, SCRATCH, Mount, Plan
 from nextgpu_node.sandbox.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_REC
 
 WORKER_FD: Final = 3
@@ -79,6 +80,7 @@ def confine(plan: Plan, *, spare_uid: int, socket_fd: int, launcher_pidfd: int) 
     Raises ConfineError; the process must then end without running anything else.
     """
     inherited = _memory_in_use()
+    limits = _resolved(dict(plan.rlimits))
     with _Layer("user-namespace"):
         _map_user(plan)
     with _Layer("session"):
@@ -98,7 +100,7 @@ def confine(plan: Plan, *, spare_uid: int, socket_fd: int, launcher_pidfd: int) 
         with _Layer("descriptors"):
             socket_fd, ruleset = _keep_descriptors(socket_fd, ruleset)
     with _Layer("rlimits"):
-        _limit(plan, inherited)
+        _limit(plan, limits, inherited)
     if ruleset is not None:
         with _Layer("landlock"):
             syscalls.landlock_restrict_self(ruleset)
@@ -144,7 +146,9 @@ def _leave_session() -> None:
 
 def _hide_host_name(plan: Plan) -> None:
     if "uts" in plan.namespaces:
-        syscalls.set_host_name(_HOST_NAME)
+        # A service with ProtectHostname= may not; the filter forbids CPU workers to ask as well.
+        with contextlib.suppress(PermissionError):
+            syscalls.set_host_name(_HOST_NAME)
 
 
 def _enter_private_root(mounts: Sequence[Mount], spare_uid: int | None) -> None:
@@ -255,9 +259,26 @@ def _keep_descriptors(socket_fd: int, ruleset: int | None) -> tuple[int, int | N
     return WORKER_FD, None if ruleset is None else WORKER_FD + 1
 
 
-def _limit(plan: Plan, inherited: tuple[int, int]) -> None:
+def _resolved(limits: dict[str, int]) -> dict[str, int]:
+    """With a count of this user's threads, while /proc can still be read."""
+    extra = limits.pop(EXTRA_THREADS, None)
+    if extra is not None:
+        limits["RLIMIT_NPROC"] = _threads_of_user(os.getuid()) + extra
+    return limits
+
+
+def _threads_of_user(uid: int) -> int:
+    threads = 0
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if entry.stat().st_uid == uid:
+                    threads += len(os.listdir(f"{entry.path}/task"))  # noqa: PTH208  names alone
+    return threads
+
+
+def _limit(plan: Plan, limits: dict[str, int], inherited: tuple[int, int]) -> None:
     address_space, data = inherited
-    limits = dict(plan.rlimits)
     if not limits:
         return
     limits["RLIMIT_DATA"] = data + plan.extra_data_bytes

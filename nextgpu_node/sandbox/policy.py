@@ -28,6 +28,9 @@ SCRATCH: Final = "/tmp"  # noqa: S108  the worker's own tmpfs, in its own mount 
 
 _NVIDIA_CONTROL: Final = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")
 _AMD_CONTROL: Final = "/dev/kfd"
+EXTRA_THREADS: Final = "threads beyond those of this user"  # a limit that confine.py resolves
+# What the owner may start meanwhile without the worker's threads failing.
+SHARED_UID_SLACK: Final = 64
 _RENDER_NODE: Final = "/dev/dri/renderD"
 
 # Not the memory that a unit may use but what the kernel needs beside it: page tables, the pages
@@ -145,7 +148,7 @@ def plan_worker(policy: WorkerPolicy, layout: HostLayout, tier: Tier = "A") -> P
         landlock_abi=layout.landlock_abi,
         seccomp=seccomp_rules(namespaces=tier == "A", gpu=gpu),
         # In tier B the account is this worker's alone, as root's spare ones are.
-        rlimits=_rlimits(policy, count_threads=root or tier != "C"),
+        rlimits=_rlimits(policy, alone=root or tier != "C"),
         extra_data_bytes=policy.memory_bytes,
         # CUDA reserves address space by the terabyte: its workers are held by the cgroup.
         extra_address_space_bytes=0 if gpu else _address_space_bytes(policy),
@@ -272,7 +275,7 @@ def _address_space_bytes(policy: WorkerPolicy) -> int:
     return policy.memory_bytes + policy.tmpfs_bytes + reserved + _MEMORY_SLACK_BYTES
 
 
-def _rlimits(policy: WorkerPolicy, *, count_threads: bool) -> tuple[tuple[str, int], ...]:
+def _rlimits(policy: WorkerPolicy, *, alone: bool) -> tuple[tuple[str, int], ...]:
     limits = [
         ("RLIMIT_CORE", 0),
         ("RLIMIT_CPU", policy.cpu_s),
@@ -283,9 +286,13 @@ def _rlimits(policy: WorkerPolicy, *, count_threads: bool) -> tuple[tuple[str, i
         ("RLIMIT_SIGPENDING", 64),
         ("RLIMIT_STACK", _STACK_BYTES),
     ]
-    if count_threads:
-        # Counted per uid and user namespace: it would count the owner's own processes in tier C.
-        limits.append(("RLIMIT_NPROC", policy.max_threads))
+    # Counted per uid and user namespace.  Where the worker shares both with its owner, confine.py
+    # counts the owner's own threads too.
+    limits.append(
+        ("RLIMIT_NPROC", policy.max_threads)
+        if alone
+        else (EXTRA_THREADS, policy.max_threads + SHARED_UID_SLACK)
+    )
     return tuple(limits)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from pathlib import Path
 from typing import Final
 
 # name: (x86_64, aarch64); None where the architecture has no such call.  Source: the kernel's
@@ -52,7 +51,8 @@ SYSCALLS: Final[dict[str, tuple[int | None, int | None]]] = {
     "pivot_root": (155, 41), "mount_setattr": (442, 442), "landlock_create_ruleset": (444, 444),
     "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
     "sethostname": (170, 161), "ioprio_set": (251, 30),
-    "seccomp": (317, 277), "capset": (126, 91), "execve": (59, 221), "fork": (57, None),
+    "seccomp": (317, 277), "capset": (126, 91), "capget": (125, 90),
+    "execve": (59, 221), "fork": (57, None),
 }
 # fmt: on
 
@@ -269,9 +269,10 @@ def clear_capabilities() -> None:
 
 
 def _has_capabilities() -> bool:
-    sets = [line for line in Path("/proc/self/status").read_text().splitlines() if "Cap" in line]
-    held = [int(line.split()[1], 16) for line in sets if not line.startswith("CapBnd")]
-    return any(held)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    data = (ctypes.c_uint32 * 6)()
+    _syscall("capget", ctypes.byref(header), ctypes.byref(data))
+    return any(data)
 
 
 def landlock_abi() -> int:

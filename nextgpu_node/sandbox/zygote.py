@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import errno
 import gc
 import importlib
 import os
@@ -43,6 +44,9 @@ from nextgpu_protocol.framing import FrameKind, encode_frame
 # A worker that could not be confined says why in an ERROR frame and ends with this code.
 EXIT_UNCONFINED: Final = 70
 _EXIT_RAISED: Final = 1
+# The worker's scratch is full, or a file at its limit: as worker.unit.WorkerExitCode.OVER_LIMIT.
+EXIT_OVER_LIMIT: Final = 13
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _M_ARENA_MAX: Final = -8
 _WORKER_ARENAS: Final = 2
 _HUGE_PAGE_BYTES: Final = 2 * 1024 * 1024
@@ -201,6 +205,8 @@ class Zygote:
                 socket_fd=socket_fd,
                 launcher_pidfd=self._own_pidfd,
             )
+        except OSError as exc:
+            code = EXIT_OVER_LIMIT if exc.errno in _NO_ROOM else _EXIT_RAISED
         finally:
             os._exit(code)
 

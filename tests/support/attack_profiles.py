@@ -6,9 +6,7 @@ must be blocked; one that is named must still be open, or the entry goes.
 
 from __future__ import annotations
 
-from typing import Final
-
-_PROFILES: Final = ("A", "A-gpu", "B", "C")
+from typing import Any, Final
 
 _EVERYWHERE: Final = {
     "memory_of_host": "the C library sizes its sort buffers by it; a coarse number",
@@ -37,5 +35,40 @@ KNOWN_OPEN: Final[dict[str, dict[str, str]]] = {
     "A": _EVERYWHERE,
     "A-gpu": {**_EVERYWHERE, **_GPU},
     "B": {**_EVERYWHERE, **_BY_PATH},
-    "C": {**_EVERYWHERE, **_BY_PATH},
+    # Where a root daemon's worker has a spare user, files of others are out of its reach.
+    "C": _EVERYWHERE,
+    "C-user": {
+        **_EVERYWHERE,
+        **_BY_PATH,
+        "have_privileges": "only root can leave its supplementary groups; Landlock opens nothing",
+    },
 }
+
+# How an attack ends that its worker does not outlive.
+ENDINGS: Final = {
+    "int80": "killed by the filter (SIGSYS)",
+    "far_return_32": "killed by the filter (SIGSYS)",
+    "x32": "killed by the filter (SIGSYS)",
+    "segfault": "reported as a crash; the next worker runs",
+    "illegal_instruction": "reported as a crash; the next worker runs",
+    "stack_overflow": "reported as a crash at RLIMIT_STACK",
+    "abort": "reported as a crash; the next worker runs",
+    "exit_in_the_middle": "reported; what was not delivered does not count as done",
+    "cpu_loop": "killed at the limit of processor time",
+    "sleep": "killed at the limit of wall time",
+    "stop_itself": "ignored by the first process of a PID namespace; killed at the limit of time",
+    "ignore_signals": "killed (SIGKILL can not be ignored)",
+    "output_flood": "waits for its reader; counted and ended at the limit of output",
+    "fill_disk": "ends at the limit of the scratch; reported as over_limit",
+    "touch_memory": "MemoryError inside; killed where the cgroup is reached",
+}
+
+
+def unexpected_verdicts(profile: str, verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Those that are not what docs/attacks.md says of this profile; a worker's death is none."""
+    known = KNOWN_OPEN[profile]
+    return {
+        name: verdict
+        for name, verdict in verdicts.items()
+        if verdict["open"] != (name in known) or "died" in verdict
+    }

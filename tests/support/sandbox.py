@@ -13,7 +13,7 @@ from typing import Any
 import trio
 
 from nextgpu_node.sandbox.launcher import Launcher, Worker
-from nextgpu_node.sandbox.policy import MIB, WorkerPolicy
+from nextgpu_node.sandbox.policy import MIB, SHARED_UID_SLACK, Tier, WorkerPolicy
 from nextgpu_protocol.framing import FrameDecoder, FrameKind, encode_frame
 
 ECHO_WORKER = "tests.support.sandbox_worker"
@@ -69,7 +69,9 @@ async def verdict(worker: Worker, attack: str, facts: dict[str, Any]) -> dict[st
 
 
 @contextmanager
-def attacked_host(directory: Path, *, filtered: bool = True) -> Iterator[dict[str, Any]]:
+def attacked_host(
+    directory: Path, *, filtered: bool = True, thread_slack: int = 0
+) -> Iterator[dict[str, Any]]:
     """A host with something to find: a secret file, listeners of three kinds.  Yields the facts."""
     secret = directory / "secret"
     secret.write_text("canary-5d1f")
@@ -96,7 +98,36 @@ def attacked_host(directory: Path, *, filtered: bool = True) -> Iterator[dict[st
             "host_name": socket.gethostname(),
             "site_packages": str(Path(trio.__file__).parents[1]),
             "max_threads": SMALL.max_threads,
+            "thread_slack": thread_slack,
             "memory_bytes": SMALL.memory_bytes,
             "tmpfs_bytes": SMALL.tmpfs_bytes,
             "tmpfs_inodes": SMALL.tmpfs_inodes,
         }
+
+
+async def attack_all(
+    directory: Path, *, tier: Tier = "A", policy: WorkerPolicy = SMALL
+) -> dict[str, dict[str, Any]]:
+    """The verdict on every attack that leaves its worker alive, under one profile."""
+    # A worker that shares its owner's uid is held less exactly.
+    slack = SHARED_UID_SLACK if tier == "C" and os.geteuid() != 0 else 0
+    with attacked_host(directory, thread_slack=slack) as facts:
+        async with running_launcher(directory, ATTACK_WORKER, tier=tier) as launcher:
+            return await attack_with(launcher, facts, policy)
+
+
+async def attack_with(
+    launcher: Launcher, facts: dict[str, Any], policy: WorkerPolicy = SMALL
+) -> dict[str, dict[str, Any]]:
+    """One worker after the other: an attack that kills its own does not end the suite."""
+    from tests.support import attack_worker
+
+    verdicts = {}
+    worker = await launcher.spawn(policy)
+    for name in attack_worker.ATTACKS:
+        verdicts[name] = await verdict(worker, name, facts)
+        if verdicts[name].get("died"):
+            await worker.finish()
+            worker = await launcher.spawn(policy)
+    await worker.finish()
+    return verdicts

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from nextgpu_node.sandbox.zygote_process import ENVIRONMENT, SERVICE_SOCKET
+
 UNITS = Path(__file__).parents[2] / "systemd"
 SYSTEM, USER = UNITS / "nextgpud.service", UNITS / "nextgpud-user.service"
+WORKER, SOCKET = UNITS / "nextgpu-worker@.service", UNITS / "nextgpu-worker.socket"
 PLACEHOLDER = "/opt/nextgpu/.venv/bin/nextgpud"
+PYTHON = "/opt/nextgpu/.venv/bin/python"
+ALL = [(SYSTEM, "--system"), (USER, "--user"), (WORKER, "--system")]
 
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
@@ -30,8 +35,9 @@ def settings(unit: Path) -> dict[str, list[str]]:
 
 def analyze(unit: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`systemd-analyze ARGUMENTS UNIT`, on a copy whose ExecStart= exists here."""
-    copy = tmp_path / unit.name
-    copy.write_text(unit.read_text().replace(PLACEHOLDER, "/bin/true"))
+    for source in (unit, WORKER, SOCKET):
+        text = source.read_text().replace(PLACEHOLDER, "/bin/true").replace(PYTHON, "/bin/true")
+        (tmp_path / source.name).write_text(text)
     runtime = tmp_path / "run"
     runtime.mkdir(exist_ok=True)
     return subprocess.run(
@@ -53,7 +59,7 @@ def analyze(unit: Path, tmp_path: Path, *arguments: str) -> subprocess.Completed
 
 
 @needs_systemd
-@pytest.mark.parametrize(("unit", "manager"), [(SYSTEM, "--system"), (USER, "--user")])
+@pytest.mark.parametrize(("unit", "manager"), [*ALL, (SOCKET, "--system")])
 def test_systemd_finds_no_fault(unit: Path, manager: str, tmp_path: Path) -> None:
     done = analyze(unit, tmp_path, "verify", manager)
     # Known from systemd 254 on and ignored before; the unit says so.
@@ -69,7 +75,7 @@ def recorded_score(unit: Path) -> float:
 
 
 @needs_systemd
-@pytest.mark.parametrize(("unit", "manager"), [(SYSTEM, "--system"), (USER, "--user")])
+@pytest.mark.parametrize(("unit", "manager"), ALL)
 def test_the_exposure_is_no_worse_than_recorded(unit: Path, manager: str, tmp_path: Path) -> None:
     # Releases of systemd weigh a little differently: half a point of slack.
     threshold = str(round(recorded_score(unit) * 10) + 5)
@@ -78,7 +84,7 @@ def test_the_exposure_is_no_worse_than_recorded(unit: Path, manager: str, tmp_pa
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
 
 
-@pytest.mark.parametrize("unit", [SYSTEM, USER])
+@pytest.mark.parametrize("unit", [SYSTEM, USER, WORKER, SOCKET])
 def test_every_setting_stands_below_its_reason(unit: Path) -> None:
     """A run of settings begins with a comment, and no run is longer than one thought."""
     runs: list[int] = []
@@ -143,3 +149,40 @@ def test_the_service_has_no_privilege_to_lose() -> None:
     assert have["NoNewPrivileges"] == ["yes"]
     assert have["CapabilityBoundingSet"] == have["AmbientCapabilities"] == [""]
     assert have["ProtectSystem"] == ["strict"]
+
+
+def test_a_worker_service_has_nothing_to_reach_and_leaves_nothing() -> None:
+    have = settings(WORKER)
+    for key in (
+        "DynamicUser",
+        "PrivateNetwork",
+        "PrivateIPC",
+        "PrivateUsers",
+        "RestrictNamespaces",
+    ):
+        assert have[key] == ["yes"], key
+    assert have["RestrictAddressFamilies"] == ["none"]
+    assert have["StandardOutput"] == have["StandardError"] == ["null"]
+    assert have["CollectMode"] == ["inactive-or-failed"]
+    assert (have["MemorySwapMax"], have["LimitCORE"]) == (["0"], ["0"])
+    assert int(have["RuntimeMaxSec"][0]) > 24 * 3600, "a warm worker waits for up to a day"
+
+
+def test_every_worker_service_has_a_user_of_its_own() -> None:
+    """Without a name, systemd names the user after the template: one for all instances."""
+    assert "%i" in settings(WORKER)["User"][0]
+
+
+def test_the_worker_service_starts_our_launcher_in_our_launchers_environment() -> None:
+    have = settings(WORKER)
+    assert have["ExecStart"][0].startswith(f"{PYTHON} -I -m nextgpu_node.sandbox.zygote ")
+    assert have["ExecStart"][0].endswith(" --control-fd 3 --single")
+    variables = dict(item.split("=") for line in have["Environment"] for item in line.split())
+    assert variables == ENVIRONMENT
+
+
+def test_the_worker_socket_is_where_the_daemon_connects_and_for_its_group() -> None:
+    have = settings(SOCKET)
+    assert have["ListenSequentialPacket"] == [SERVICE_SOCKET]
+    assert have["Accept"] == ["yes"]
+    assert (have["SocketMode"], have["SocketGroup"]) == (["0660"], ["nextgpu-worker"])

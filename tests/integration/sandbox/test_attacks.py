@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from nextgpu_node.daemon.workers import status_of_exit
 from nextgpu_node.sandbox.launcher import Launcher
+from nextgpu_node.sandbox.policy import Tier
 from nextgpu_node.sandbox.slots import WorkerExit
 from tests.support import attack_worker
+from tests.support.attack_profiles import unexpected_verdicts
 from tests.support.sandbox import (
     ATTACK_WORKER,
     SMALL,
+    attack_all,
     attacked_host,
     order,
     read_frame,
@@ -30,30 +36,35 @@ pytestmark = [
 ]
 
 
-async def _attack_all(directory: Path) -> dict[str, dict[str, Any]]:
-    verdicts = {}
-    with attacked_host(directory) as facts:
-        async with running_launcher(directory, ATTACK_WORKER) as launcher:
-            worker = await launcher.spawn(SMALL)
-            for name in attack_worker.ATTACKS:
-                verdicts[name] = await verdict(worker, name, facts)
-                if verdicts[name].get("died"):
-                    await worker.finish()
-                    worker = await launcher.spawn(SMALL)
-            await worker.finish()
-    return verdicts
+# profile -> (tier, device): the three that need nothing but this process's own rights.
+_PROFILES: dict[str, tuple[Tier, str]] = {
+    "A": ("A", "cpu"),
+    "A-gpu": ("A", "cuda:0"),
+    "C": ("C", "cpu"),
+}
+_verdicts: dict[str, dict[str, Any]] = {}
 
 
-@pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every attack that leaves its worker alive, made once."""
-    return trio.run(_attack_all, tmp_path_factory.mktemp("attacked"))
+def _verdicts_of(profile: str, factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every attack that leaves its worker alive, made once for each profile."""
+    if profile not in _verdicts:
+        tier, device = _PROFILES[profile]
+        policy = dataclasses.replace(SMALL, device=device)
+        directory = factory.mktemp("attacked")
+        _verdicts[profile] = trio.run(partial(attack_all, directory, tier=tier, policy=policy))
+    return _verdicts[profile]
 
 
-@pytest.mark.parametrize("name", sorted(attack_worker.ATTACKS))
-def test_attack_is_blocked(name: str, verdicts: dict[str, dict[str, Any]]) -> None:
-    assert not verdicts[name]["open"], verdicts[name]["detail"]
-    assert "died" not in verdicts[name], "blocked, but at the price of the worker"
+@pytest.mark.parametrize("profile", _PROFILES)
+@pytest.mark.parametrize("kind", sorted(set(attack_worker.KINDS.values())))
+def test_attacks_are_blocked(
+    kind: str, profile: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    verdicts = _verdicts_of(profile, tmp_path_factory)
+    names = [name for name, of_kind in attack_worker.KINDS.items() if of_kind == kind]
+    assert names
+    unexpected = unexpected_verdicts(profile, {name: verdicts[name] for name in names})
+    assert unexpected == {}
 
 
 async def _end_of(launcher: Launcher, attack: str, **changes: Any) -> WorkerExit:
@@ -71,20 +82,35 @@ def _fields() -> dict[str, Any]:
     return {name: getattr(SMALL, name) for name in type(SMALL).__slots__}
 
 
-@pytest.mark.parametrize("attack", ["int80", "x32"])
+@pytest.mark.parametrize("attack", ["int80", "x32", "far_return_32"])
 async def test_foreign_system_call_tables_kill_the_worker(attack: str, tmp_path: Path) -> None:
     async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
         exit_ = await _end_of(launcher, attack)
     assert (exit_.reason, exit_.signal) == ("signalled", 31)  # SIGSYS
 
 
-@pytest.mark.parametrize("attack", ["segfault", "abort"])
+@pytest.mark.parametrize("attack", ["segfault", "abort", "illegal_instruction", "stack_overflow"])
 async def test_crash_is_reported_and_the_next_worker_runs(attack: str, tmp_path: Path) -> None:
     async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
         exit_ = await _end_of(launcher, attack)
         assert exit_.reason == "signalled"
         again = await launcher.spawn(SMALL)
         await again.finish()
+
+
+async def test_exit_in_the_middle_is_reported(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        exit_ = await _end_of(launcher, "exit_in_the_middle")
+    assert (exit_.reason, exit_.code) == ("exited", 3)
+
+
+@pytest.mark.parametrize("tier", ["A", "C"])
+async def test_finish_ends_a_worker_that_has_stopped_itself(tier: Tier, tmp_path: Path) -> None:
+    async with running_launcher(tmp_path, ATTACK_WORKER, tier=tier) as launcher:
+        worker = await launcher.spawn(SMALL)
+        assert (await verdict(worker, "stop_itself", {}))["detail"] == "stopping"
+        with trio.fail_after(10):
+            assert (await worker.finish()).complete
 
 
 async def test_cpu_limit_ends_a_busy_loop(tmp_path: Path) -> None:
@@ -99,6 +125,12 @@ async def test_wall_limit_ends_a_sleeper(tmp_path: Path) -> None:
         exit_ = await _end_of(launcher, "sleep", wall_s=0.3)
     assert exit_.reason == "timeout"
     assert exit_.wall_s < 2
+
+
+async def test_a_full_scratch_ends_the_unit_over_its_limit(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
+        exit_ = await _end_of(launcher, "fill_disk")
+    assert status_of_exit(exit_) == "over_limit"
 
 
 async def test_memory_error_inside_is_not_a_kill(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nextgpu_node.sandbox import cgroups
+from nextgpu_node.sandbox import cgroups, surroundings
 from nextgpu_node.sandbox.cgroups import Hierarchy
 
 OWN = {"": "/system.slice/nextgpud.service"}
@@ -61,27 +61,34 @@ def test_daemon_that_already_moved_to_its_leaf_finds_the_parent(
 def test_claim_moves_the_daemon_and_hands_out_controllers(delegated: Path) -> None:
     Hierarchy(2, delegated).claim()
     assert (delegated / "nextgpu-daemon" / "cgroup.procs").read_text() == "42"
+    assert (delegated / "cgroup.subtree_control").read_text() == "+memory +pids +cpu"
+
+
+def test_claim_takes_no_controller_that_was_not_delegated(delegated: Path) -> None:
+    (delegated / "cgroup.controllers").write_text("memory pids\n")
+    Hierarchy(2, delegated).claim()
     assert (delegated / "cgroup.subtree_control").read_text() == "+memory +pids"
 
 
 def test_group_of_a_worker_has_its_limits(delegated: Path) -> None:
-    group = Hierarchy(2, delegated).create("w1", memory_bytes=1000, pids=5)
+    group = Hierarchy(2, delegated).create("w1", memory_bytes=1000, pids=5, cpus=2)
     assert (group.directory / "memory.max").read_text() == "1000"
     assert (group.directory / "memory.swap.max").read_text() == "0"
     assert (group.directory / "pids.max").read_text() == "5"
+    assert (group.directory / "cpu.max").read_text() == "200000 100000"
     assert group.layer == "cgroup-v2"
     assert group.swap_forbidden()
 
 
 def test_v1_group_limits_memory(tmp_path: Path) -> None:
-    group = Hierarchy(1, tmp_path).create("w1", memory_bytes=1000, pids=5)
+    group = Hierarchy(1, tmp_path).create("w1", memory_bytes=1000, pids=5, cpus=2)
     assert (group.directory / "memory.limit_in_bytes").read_text() == "1000"
     assert not group.swap_forbidden()
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, False), (2, True)])
 def test_kill_by_the_memory_limit_is_seen(count: int, expected: bool, tmp_path: Path) -> None:
-    group = Hierarchy(2, tmp_path).create("w1", memory_bytes=1000, pids=5)
+    group = Hierarchy(2, tmp_path).create("w1", memory_bytes=1000, pids=5, cpus=2)
     (group.directory / "memory.events").write_text(f"low 0\noom 3\noom_kill {count}\n")
     assert group.out_of_memory() is expected
 
@@ -105,4 +112,9 @@ def test_leftovers_are_those_of_dead_daemons(tmp_path: Path) -> None:
 
 def test_own_groups_are_read_per_controller() -> None:
     text = "4:memory:/a\n2:cpu,cpuacct:/b\n0::/c\n"
-    assert cgroups._own_groups(text) == {"memory": "/a", "cpu": "/b", "cpuacct": "/b", "": "/c"}
+    assert surroundings._own_groups(text) == {
+        "memory": "/a",
+        "cpu": "/b",
+        "cpuacct": "/b",
+        "": "/c",
+    }

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from nextgpu_node.sandbox.policy import (
+    EXTRA_THREADS,
     MIB,
+    SHARED_UID_SLACK,
     HostLayout,
     Mount,
     Plan,
@@ -61,6 +64,53 @@ def test_gpu_worker_gets_the_nodes_and_libraries_of_the_driver_and_proc() -> Non
     assert plan.extra_address_space_bytes == 0
 
 
+CARDS = dataclasses.replace(
+    LAYOUT,
+    gpu_devices=(
+        *("/dev/dri/renderD128", "/dev/dri/renderD129", "/dev/kfd"),
+        *("/dev/nvidia0", "/dev/nvidia1", "/dev/nvidiactl", "/dev/nvidia-uvm"),
+    ),
+)
+
+
+def _devices(layout: HostLayout, **changes: Any) -> set[str]:
+    plan = plan_worker(dataclasses.replace(POLICY, **changes), layout)
+    return {m.source for m in plan.mounts if m.kind == "device"} - {
+        *("/dev/null", "/dev/zero", "/dev/urandom")
+    }
+
+
+def test_a_gpu_worker_gets_one_card_and_calls_it_its_first() -> None:
+    assert _devices(CARDS, device="cuda:1", device_node=1) == {
+        *("/dev/nvidia1", "/dev/nvidiactl", "/dev/nvidia-uvm")
+    }
+    plan = plan_worker(dataclasses.replace(POLICY, device="cuda:1", device_node=1), CARDS)
+    assert dict(plan.limits)["device"] == "cuda:0"
+    assert ("/dev/nvidia0", "device") not in plan.landlock
+
+
+def test_amd_and_intel_workers_get_render_nodes_and_never_a_display() -> None:
+    without_nvidia = tuple(path for path in CARDS.gpu_devices if "nvidia" not in path)
+    amd = dataclasses.replace(CARDS, gpu_devices=without_nvidia)
+    assert _devices(amd, device="cuda:0", device_node=128) == {"/dev/kfd", "/dev/dri/renderD128"}
+    assert _devices(CARDS, device="xpu:0", device_node=129) == {"/dev/dri/renderD129"}
+
+
+def test_a_cpu_worker_gets_no_card_where_there_are_many() -> None:
+    assert _devices(CARDS) == set()
+
+
+def test_the_proc_of_a_gpu_worker_is_masked_where_it_is_dangerous() -> None:
+    plan = plan_worker(dataclasses.replace(POLICY, device="cuda:0"), LAYOUT)
+    masked = {mount.target for mount in plan.mounts if mount.kind == "masked"}
+    for name in ("kcore", "kmsg", "keys", "sysrq-trigger", "kallsyms", "timer_list", "bus", "fs"):
+        assert f"/proc/{name}" in masked
+    assert Mount("/proc/sys", kind="frozen") in plan.mounts
+    order = [mount.target for mount in plan.mounts]
+    assert order.index("/proc") < order.index("/proc/kcore")
+    assert ("/proc", "names") in plan.landlock
+
+
 def test_the_only_writable_mount_is_a_bounded_scratch() -> None:
     scratch = [mount for mount in _plan().mounts if mount.kind == "scratch"]
     assert scratch == [
@@ -94,6 +144,7 @@ def test_tier_c_has_no_namespace_no_root_and_nothing_writable() -> None:
     assert plan.mounts == ()
     assert not any(access == "write" for _, access in plan.landlock)
     assert "RLIMIT_NPROC" not in dict(plan.rlimits)
+    assert dict(plan.rlimits)[EXTRA_THREADS] == POLICY.max_threads + SHARED_UID_SLACK
 
 
 def test_limits_come_from_the_policy() -> None:
@@ -109,7 +160,9 @@ def test_limits_come_from_the_policy() -> None:
 
 
 def test_worker_module_is_told_its_limits() -> None:
-    assert dict(_plan().limits) == dataclasses.asdict(POLICY)
+    told = dataclasses.asdict(POLICY)
+    del told["device_node"]
+    assert dict(_plan().limits) == told
 
 
 def test_layers_name_what_is_in_force_and_nothing_else() -> None:
@@ -117,6 +170,7 @@ def test_layers_name_what_is_in_force_and_nothing_else() -> None:
     assert {"pid-namespace", "private-root", "landlock-7", "seccomp"} <= set(plan.layers())
     weak = dataclasses.replace(plan, seccomp=(), landlock=(), mounts=(), namespaces=())
     assert set(weak.layers()) == {
+        "tier-A",
         "spare-uid",
         "no-capabilities",
         "no-new-privileges",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 
 import pytest
 
-from nextgpu_node.sandbox.policy import seccomp_rules
+from nextgpu_node.sandbox.calls import Vendor, seccomp_rules
 from nextgpu_node.sandbox.seccomp import ALLOW, ERRNO, KILL_PROCESS, assemble
 from nextgpu_node.sandbox.syscalls import SYSCALLS, number
 
@@ -18,10 +19,16 @@ LOW_BITS = 0xFFFFFFFF
 
 
 def verdict(
-    nr: int, *args: int, machine: str = "x86_64", arch: int | None = None, gpu: bool = False
+    nr: int,
+    *args: int,
+    machine: str = "x86_64",
+    arch: int | None = None,
+    gpu: Vendor | None = None,
+    namespaces: bool = True,
 ) -> int:
     """What the filter of a worker with process id 1 returns for one call."""
-    program = assemble(seccomp_rules(with_gpu=gpu), self_pid=SELF, machine=machine)
+    rules = seccomp_rules(namespaces=namespaces, gpu=gpu)
+    program = assemble(rules, self_pid=SELF, machine=machine)
     padded = [arg & (2**64 - 1) for arg in (*args, *[0] * (6 - len(args)))]
     arch = ARCH[machine] if arch is None else arch
     data = struct.pack("<IIQ6Q", nr & LOW_BITS, arch, 0, *padded)
@@ -59,7 +66,7 @@ def refused(code: int) -> int:
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-@pytest.mark.parametrize("name", ["read", "write", "futex", "exit_group", "munmap", "recvfrom"])
+@pytest.mark.parametrize("name", ["read", "write", "exit_group", "munmap", "lseek"])
 def test_plain_calls_are_allowed(name: str, machine: str) -> None:
     nr = number(name, machine)
     assert nr is not None
@@ -116,30 +123,76 @@ def test_limits_may_be_read_and_not_set() -> None:
 
 
 def test_death_signal_dumpability_and_filters_can_not_be_changed() -> None:
-    assert call("prctl", 15, 0x1000) == ALLOW  # PR_SET_NAME
+    assert call("prctl", 16, 0x1000) == ALLOW  # PR_GET_NAME
+    assert call("prctl", 15, 0x1000) == refused(errno.EPERM)  # PR_SET_NAME
+    assert call("prctl", 15, 0x1000, gpu="nvidia") == ALLOW
     for option in (1, 4, 22, 24, 36, 38, 0x59616D61):
         assert call("prctl", option) == refused(errno.EPERM)
 
 
-def test_shared_anonymous_memory_is_refused() -> None:
+def test_memory_can_not_be_shared() -> None:
     assert call("mmap", 0, 4096, 3, 0x22) == ALLOW  # private, anonymous
-    assert call("mmap", 0, 4096, 1, 0x01) == ALLOW  # shared, of a file
-    assert call("mmap", 0, 4096, 3, 0x21) == refused(errno.EPERM)
-    assert call("mmap", 0, 4096, 3, 0x23) == refused(errno.EPERM)  # MAP_SHARED_VALIDATE
+    assert call("mmap", 0, 4096, 1, 0x02) == ALLOW  # private, of a file
+    for flags in (0x01, 0x21, 0x23, 0x22 | 0x40000):  # the last: huge pages of the host's pool
+        assert call("mmap", 0, 4096, 3, flags) == refused(errno.EPERM)
+
+
+def test_a_gpu_worker_maps_files_shared_and_anonymous_memory_not() -> None:
+    assert call("mmap", 0, 4096, 3, 0x01, gpu="nvidia") == ALLOW
+    assert call("mmap", 0, 4096, 3, 0x21, gpu="nvidia") == refused(errno.EPERM)
+
+
+def test_threads_wait_for_each_other_and_wake_nobody_else() -> None:
+    assert call("futex", 0x1000, 128 | 1, 1) == ALLOW  # wake, private
+    assert call("futex", 0x1000, 0, 1) == ALLOW  # wait: pthread_join
+    assert call("futex", 0x1000, 9 | 256, 1) == ALLOW  # wait until a time of day
+    for command in (1, 3, 4, 5, 6, 10):  # wake, requeue, wake_op, locks with priority inheritance
+        assert call("futex", 0x1000, command, 1) == refused(errno.EPERM)
+
+
+def test_no_advice_that_another_process_could_notice() -> None:
+    assert call("madvise", 0x1000, 4096, 4) == ALLOW  # DONTNEED
+    for advice in (9, 12, 21, 100):  # REMOVE, MERGEABLE, PAGEOUT, HWPOISON
+        assert call("madvise", 0x1000, 4096, advice) == refused(errno.EINVAL)
+
+
+def test_the_socket_tells_nothing_of_its_other_end() -> None:
+    assert call("getsockopt", 3, 1, 3, 0x1000, 0x1000) == ALLOW  # SO_TYPE
+    for option in (17, 31, 59, 77):  # PEERCRED, PEERSEC, PEERGROUPS, PEERPIDFD
+        assert call("getsockopt", 3, 1, option, 0x1000, 0x1000) == refused(errno.EPERM)
+    for name in ("sendto", "recvfrom"):
+        assert call(name, 3, 0x1000, 10, 0) == ALLOW
+        assert call(name, 3, 0x1000, 10, 1) == refused(errno.EPERM)  # MSG_OOB
+
+
+def test_files_are_opened_plainly() -> None:
+    assert call("openat", -100, 0x1000, 0o2000000) == ALLOW  # O_CLOEXEC
+    for flags in (os.O_DIRECT, os.O_SYNC, os.O_PATH):
+        assert call("openat", -100, 0x1000, flags) == refused(errno.EPERM)
+    for name in ("fsync", "fdatasync", "msync", "statfs"):
+        assert call(name, 3) == refused(errno.EPERM)
+
+
+def test_without_namespaces_a_worker_asks_about_itself_alone_and_changes_no_file() -> None:
+    for asked, answer in ((0, ALLOW), (SELF, ALLOW), (2, refused(errno.EPERM))):
+        assert call("sched_getaffinity", asked, namespaces=False) == answer
+    for name in ("mkdir", "unlink", "rename", "ftruncate", "readlink", "access", "getppid"):
+        assert call(name, 0) == ALLOW
+        assert call(name, 0, namespaces=False) == refused(errno.EPERM)
 
 
 def test_terminal_input_can_not_be_faked() -> None:
     assert call("ioctl", 0, 0x5401) == ALLOW  # TCGETS: isatty
     for request in (0x5412, 0x541C, 0x5413 | 1 << 32):  # TIOCSTI, TIOCLINUX
         assert call("ioctl", 0, request) == refused(errno.ENOTTY)
-        assert call("ioctl", 0, request, gpu=True) == refused(errno.EPERM)
+        assert call("ioctl", 0, request, gpu="nvidia") == refused(errno.EPERM)
 
 
 def test_gpu_requests_are_for_gpu_workers() -> None:
     assert call("ioctl", 4, 0xC020462A) == refused(errno.ENOTTY)
-    assert call("ioctl", 4, 0xC020462A, gpu=True) == ALLOW
+    assert call("ioctl", 4, 0xC020462A, gpu="nvidia") == ALLOW
     assert call("memfd_create", 0, 0) == refused(errno.EPERM)
-    assert call("memfd_create", 0, 0, gpu=True) == ALLOW
+    assert call("memfd_create", 0, 0, gpu="nvidia") == ALLOW
 
 
 def test_descriptors_may_not_raise_signals() -> None:
@@ -149,8 +202,18 @@ def test_descriptors_may_not_raise_signals() -> None:
 
 
 def test_every_rule_names_a_known_call() -> None:
-    for gpu in (False, True):
-        assert {rule.syscall for rule in seccomp_rules(with_gpu=gpu)} <= SYSCALLS.keys()
+    vendors: tuple[Vendor | None, ...] = (None, "nvidia", "amd", "intel")
+    for gpu in vendors:
+        assert {rule.syscall for rule in seccomp_rules(gpu=gpu)} <= SYSCALLS.keys()
+
+
+def test_each_vendors_requests_are_its_own() -> None:
+    render_node, kfd = 0xC0086409, 0x40084B02
+    assert call("ioctl", 4, render_node, gpu="nvidia") == refused(errno.EPERM)
+    assert call("ioctl", 4, render_node, gpu="amd") == ALLOW
+    assert call("ioctl", 4, render_node, gpu="intel") == ALLOW
+    assert call("ioctl", 4, kfd, gpu="amd") == ALLOW
+    assert call("ioctl", 4, kfd, gpu="intel") == refused(errno.EPERM)
 
 
 def test_unknown_machine_is_an_error() -> None:
