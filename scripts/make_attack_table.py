@@ -22,11 +22,11 @@ PROFILES = ("A", "A-gpu", "B", "C", "C-user")
 _HEAD = """# Attacks on the sandbox
 
 Made by `scripts/make_attack_table.py` from `tests/support/attack_worker.py`. Every attack runs from
-inside a real worker, by code with all the rights that a worker has; `tests/integration/sandbox` runs
-all of them under each profile, and fails where a verdict differs from this page. What the profiles
-are: [sandbox.md](sandbox.md).
+inside a real worker, by code with all the rights that a worker has: `tests/integration/sandbox`
+runs all of them under each profile, and fails where a verdict differs from this page.
+[sandbox.md](sandbox.md) says what the profiles are.
 
-- **–** blocked: refused, or there is nothing there
+- **-** blocked: refused, or there is nothing there
 - **l** limited: goes through up to the worker's own limit, and no further
 - **open**: goes through; the reasons stand below
 
@@ -43,12 +43,12 @@ def _verdict(name: str, profile: str) -> str:
     if name in KNOWN_OPEN[profile]:
         return "**open**"
     is_bomb = KINDS[name] == "bombs" and not name.startswith("call_")
-    return "l" if is_bomb else "–"
+    return "l" if is_bomb else "-"
 
 
 def _counts() -> str:
     lines = ["| | " + " | ".join(PROFILES) + " |", "|---|" + "---|" * len(PROFILES)]
-    for word, label in (("–", "blocked"), ("l", "limited"), ("**open**", "open")):
+    for word, label in (("-", "blocked"), ("l", "limited"), ("**open**", "open")):
         counts = (sum(_verdict(name, p) == word for name in ATTACKS) for p in PROFILES)
         lines.append(f"| {label} | " + " | ".join(map(str, counts)) + " |")
     return "\n".join([*lines, ""])
@@ -59,10 +59,13 @@ def _tables() -> list[str]:
     for kind in dict.fromkeys(KINDS.values()):
         lines = [f"## {kind.capitalize()}\n", f"| attack | {' | '.join(PROFILES)} |"]
         lines.append("|---|" + "---|" * len(PROFILES))
-        for name in (name for name in ATTACKS if KINDS[name] == kind):
-            lines.append(f"| {name} | " + " | ".join(_verdict(name, p) for p in PROFILES) + " |")
+        lines += [_row(name) for name in ATTACKS if KINDS[name] == kind]
         tables.append("\n".join([*lines, ""]))
     return tables
+
+
+def _row(name: str) -> str:
+    return f"| {name} | " + " | ".join(_verdict(name, profile) for profile in PROFILES) + " |"
 
 
 def _endings() -> str:

@@ -7,9 +7,10 @@ from typing import Final
 
 from nextgpu_node.api_types import StatusReply
 from nextgpu_node.cli.context import Context, Ctx
-from nextgpu_node.config import load_config
+from nextgpu_node.config import SharingConfig, load_config
 from nextgpu_node.errors import ConfigError, DaemonUnreachable
 from nextgpu_node.hostinfo.checks import Check, check_host
+from nextgpu_node.sandbox.policy import STRONGEST, TIERS, Tier
 from nextgpu_node.sandbox.probe import SandboxReport, probe
 from nextgpu_node.sdk.api_client import ApiClient
 
@@ -19,11 +20,11 @@ _MARKS: Final = {True: "ok", False: "FAIL", None: "--"}
 
 async def doctor(*, ctx: Ctx) -> int:
     """Check this machine.  Ends with 1 where something essential fails."""
-    config_check, wants_to_share = _check_config(ctx)
+    config_check, sharing = _check_config(ctx)
     checks = [
         config_check,
         *check_host(ctx.paths),
-        *_check_sandbox(probe(), wants_to_share=wants_to_share),
+        *_check_sandbox(probe(), sharing),
         *await _check_daemon(ctx),
     ]
     if ctx.out.json:
@@ -44,23 +45,37 @@ def _print(ctx: Context, checks: list[Check]) -> None:
             ctx.out.say(" " * (name_width + 8) + "-> " + check.remedy)
 
 
-def _check_config(ctx: Context) -> tuple[Check, bool]:
+def _check_config(ctx: Context) -> tuple[Check, SharingConfig]:
     try:
         config = load_config(ctx.paths, overrides={}, environ=ctx.environ)
     except ConfigError as exc:
-        return Check("settings", False, str(exc), "Correct that line of the file."), False
-    return Check("settings", True, "valid"), config.sharing.enabled
+        fault = Check("settings", False, str(exc), "Correct that line of the file.")
+        return fault, SharingConfig()
+    return Check("settings", True, "valid"), config.sharing
 
 
-def _check_sandbox(report: SandboxReport, *, wants_to_share: bool) -> list[Check]:
+def _check_sandbox(report: SandboxReport, sharing: SharingConfig) -> list[Check]:
     """A missing layer is a failure only where this machine is meant to lend."""
-    if report.tier == "none":
-        ok = False if wants_to_share else None
-        headline = Check("sandbox", ok, "not possible here: this node can borrow, not lend")
+    not_lending = False if sharing.enabled else None
+    tier, floor = report.tier, sharing.minimum_isolation
+    if tier == "none":
+        said = "not possible here: this node can borrow, not lend"
+        headline = Check("sandbox", not_lending, said)
+    elif TIERS.index(tier) > TIERS.index(floor):
+        said = f"tier {tier}, and sharing.minimum_isolation is {floor}: this node does not lend"
+        headline = Check("sandbox", not_lending, said, "Bring what is named below.")
     else:
-        headline = Check("sandbox", True, f"tier {report.tier}: {', '.join(report.layers)}")
+        headline = Check("sandbox", True, f"tier {tier}: {', '.join(report.layers)}")
     missing = [Check("sandbox", None, f"{layer} is missing", fix) for layer, fix in report.missing]
-    return [headline, *missing]
+    return [headline, *_check_floor(floor), *missing]
+
+
+def _check_floor(floor: Tier) -> list[Check]:
+    """The owner may lower it; it is said whenever anybody looks."""
+    if floor == STRONGEST:
+        return []
+    said = f"sharing.minimum_isolation is {floor}: this node lends behind weaker walls too"
+    return [Check("sandbox", None, said, "nextgpu config set sharing.minimum_isolation A")]
 
 
 async def _check_daemon(ctx: Context) -> list[Check]:

@@ -28,7 +28,7 @@ from nextgpu_node.hostinfo.devices import Device, default_threads
 from nextgpu_node.identity import Identity
 from nextgpu_node.p2p.streams import PeerStream
 from nextgpu_node.sandbox.launcher import Worker
-from nextgpu_node.sandbox.policy import TIERS, WorkerPolicy
+from nextgpu_node.sandbox.policy import STRONGEST, TIERS, WorkerPolicy
 from nextgpu_node.sandbox.probe import SandboxReport, probe
 from nextgpu_node.sandbox.service_launcher import launcher_for
 from nextgpu_protocol.capability import keys_for_capacity
@@ -124,6 +124,8 @@ class Provider:
     async def _lend_once(self) -> None:
         self.sandbox = await trio.to_thread.run_sync(probe)
         tier = self.sandbox.tier
+        if self._config.minimum_isolation != STRONGEST:
+            log.warning("sharing.isolation_floor_lowered", floor=self._config.minimum_isolation)
         if tier == "none" or TIERS.index(tier) > TIERS.index(self._config.minimum_isolation):
             missing = ", ".join(layer for layer, _ in self.sandbox.missing) or "unknown"
             self._pause(f"the sandbox lacks layers: {missing}; see `nextgpu doctor`")
@@ -198,6 +200,7 @@ class Provider:
             # worker waits, and after a day a fresh one takes its place.
             wall_s=_WARM_WORKER_S,
             device=device.label,
+            device_node=device.minor,
         )
 
     def capability_keys(self) -> list[bytes]:

@@ -44,6 +44,7 @@ class Device:
     free_memory_bytes: int
     compute_capability: str = ""
     driver: str = ""
+    minor: int | None = None  # N of /dev/nvidiaN; None for a CPU, or where the driver does not say
     uuid: str = field(default="", repr=False)
 
     @property
@@ -189,6 +190,7 @@ def _cuda_device(nvml: Any, handle: Any, index: int, driver: str) -> Device | No
         free_memory_bytes=int(memory.free),
         compute_capability="" if capability is None else f"{capability[0]}.{capability[1]}",
         driver=driver,
+        minor=_ask(nvml, lambda: int(nvml.nvmlDeviceGetMinorNumber(handle))),
         uuid=str(_ask(nvml, lambda: nvml.nvmlDeviceGetUUID(handle)) or ""),
     )
 

@@ -22,6 +22,7 @@ from nextgpu_node.sandbox.seccomp import Check, Rule
 # A: namespaces of our own.  B: those that systemd builds around a worker.  C: none.
 Tier = Literal["A", "B", "C"]
 TIERS: Final[tuple[Tier, ...]] = ("A", "B", "C")  # strongest first
+STRONGEST: Final[Tier] = TIERS[0]
 
 MIB: Final = 1024 * 1024
 SCRATCH: Final = "/tmp"  # noqa: S108  the worker's own tmpfs, in its own mount namespace

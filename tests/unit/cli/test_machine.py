@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from nextgpu_node.cli.context import Context
+from nextgpu_node.cli.doctor import _check_sandbox
 from nextgpu_node.cli.output import Output
 from nextgpu_node.cli.starting import _consent, _daemon_command, _explain
-from nextgpu_node.config import load_config
+from nextgpu_node.config import SharingConfig, load_config
 from nextgpu_node.hostinfo.devices import choose_device, list_devices
+from nextgpu_node.sandbox.policy import Tier
 from nextgpu_node.sandbox.probe import SandboxReport
 from tests.unit.api.backend import MemoryBackend
 from tests.unit.cli.conftest import Cli
@@ -149,3 +151,27 @@ async def test_up_becomes_the_daemon_and_a_second_one_is_refused(
 
 def test_yes_and_no_share_contradict(cli: Cli) -> None:
     assert cli("up", "--yes", "--no-share").code == 2
+
+
+@pytest.mark.parametrize(
+    ("tier", "floor", "said"),
+    [
+        ("C", "A", "tier C, and sharing.minimum_isolation is A: this node does not lend"),
+        ("B", "B", "tier B: seccomp"),
+        ("C", "B", "tier C, and sharing.minimum_isolation is B: this node does not lend"),
+    ],
+)
+def test_doctor_says_where_the_sandbox_is_below_the_floor(
+    tier: Tier, floor: Tier, said: str
+) -> None:
+    sharing = SharingConfig(enabled=True, minimum_isolation=floor)
+    first = _check_sandbox(SandboxReport(tier, ("seccomp",), ()), sharing)[0]
+    assert first.detail == said
+    assert first.ok is (tier <= floor)
+
+
+def test_a_lowered_floor_is_said_every_time() -> None:
+    lowered = SharingConfig(minimum_isolation="C")
+    said = [check.detail for check in _check_sandbox(TIER_A, lowered)]
+    assert any("weaker walls" in line for line in said)
+    assert all("weaker" not in check.detail for check in _check_sandbox(TIER_A, SharingConfig()))

@@ -78,6 +78,12 @@ class FakeNvml:
     def nvmlDeviceGetUUID(self, handle: Card) -> str:
         return handle.uuid
 
+    def nvmlDeviceGetMinorNumber(self, handle: Card) -> int:
+        whole = [card for card in self._cards if card is not None]
+        if handle not in whole:
+            raise NVMLError("Not Supported")  # an instance has no node of its own
+        return whole.index(handle)
+
     def nvmlDeviceGetMemoryInfo(self, handle: Card, version: int | None = None) -> SimpleNamespace:
         assert version is None
         return SimpleNamespace(total=_known(handle.total), free=handle.free)
