@@ -4,11 +4,11 @@ CHECKS     before a call's shape run: arguments that make a kernel run wild alth
            small, or that it trusts without looking.  They raise ValueError.
 WORKSPACE  after its shape run: the bytes that the call needs beside its arguments and results.
 
-Tensors have no memory here.  Operators that are composed of others need no entry: the planner
-counts what they are composed of (`plan._Composed`).  The rest needs nothing of note; a test
-measures every row (tests/unit/graph/test_rows.py), and fuzzing runs them in guarded memory
-(docs/fuzzing.md).  Scratch memory inside BLAS, oneDNN, cuBLAS and cuDNN is theirs to choose and
-the sandbox's to limit.
+Tensors have no memory here.  For operators that are composed of others the planner counts what they
+are composed of (`plan._Composed`); all others without an entry of their own take what `converted`
+or `converted_or_copied` says.  A test measures every row (tests/unit/graph/test_rows.py), and
+fuzzing runs them in guarded memory (docs/fuzzing.md).  Scratch memory inside BLAS, oneDNN, cuBLAS
+and cuDNN is theirs to choose and the sandbox's to limit.
 """
 
 from __future__ import annotations
@@ -153,6 +153,8 @@ def _honest_scales(given: Arguments) -> None:
             continue
         if not 0 < scale < math.inf or at >= len(sizes):
             raise ValueError("a scale is not a positive number")
+        if sizes[at] * scale < _LEAST_SIZE:
+            raise ValueError("nothing is left at this scale")
         if after is not None and (at >= len(after) or abs(sizes[at] * scale - after[at]) > 1):
             raise ValueError("scale and size disagree")
 
@@ -176,22 +178,82 @@ def _fitting_attention(given: Arguments) -> None:
         raise ValueError("attn_mask does not fit")
 
 
+def _fitting_layers(gates: int) -> Check:
+    """Recurrent layers run step by step, too slowly to find their shapes by running them."""
+
+    def check(given: Arguments) -> None:
+        image, states = given["input"], given["hx"]
+        states = states if isinstance(states, list) else [states]
+        layers = given["num_layers"] * (2 if given["bidirectional"] else 1)
+        if not isinstance(image, torch.Tensor) or image.dim() != 3:
+            raise ValueError("a sequence of three dimensions is needed")
+        if not 0 < layers <= _MAX_LAYERS:
+            raise ValueError(f"1 to {_MAX_LAYERS} layers are possible")
+        batch = image.shape[0 if given["batch_first"] else 1]
+        for state in states:
+            if state.dim() != 3 or tuple(state.shape[:2]) != (layers, batch):
+                raise ValueError("a state is not of layers, batch and size")
+        _check_weights(gates, layers, given, states)
+
+    return check
+
+
+def _check_weights(
+    gates: int, layers: int, given: Arguments, states: Sequence[torch.Tensor]
+) -> None:
+    weights = given["params"]
+    each = 4 if given["has_biases"] else 2
+    if len(weights) not in (layers * each, layers * (each + 1)):
+        raise ValueError("each layer needs its weights")
+    each = len(weights) // layers
+    projected = each in (3, 5)
+    if projected and len(states) < 2:
+        raise ValueError("only an LSTM may be projected")
+    out, hidden = states[0].shape[2], states[-1].shape[2]
+    if not projected and out != hidden:
+        raise ValueError("the states differ in size")
+    directions = 2 if given["bidirectional"] else 1
+    for layer in range(layers):
+        size = given["input"].shape[2] if layer < directions else directions * out
+        wanted: list[tuple[int, ...]] = [(gates * hidden, size), (gates * hidden, out)]
+        wanted += [(gates * hidden,)] * 2 if given["has_biases"] else []
+        wanted += [(out, hidden)] if projected else []
+        found = [tuple(one.shape) for one in weights[layer * each : (layer + 1) * each]]
+        if found != wanted:
+            raise ValueError(f"the weights of layer {layer} do not fit")
+
+
+# A size of 1, and what rounding may take off it.
+_LEAST_SIZE = 0.99
 _SCALES = ("scales", "scales_d", "scales_h", "scales_w")
 
 
 # ---------------------------------------------------------------- workspace
 
 
-def nothing(given: Arguments, results: Sequence[torch.Tensor]) -> int:
-    """For composed operators that are one kernel in the end."""
-    return 0
+def converted(given: Arguments, results: Sequence[torch.Tensor]) -> int:
+    """For elementwise kernels: where dtypes are mixed, each argument in the widest of them."""
+    arguments = list(_tensors(given))
+    dtypes = {one.dtype for one in (*arguments, *results)}
+    if len(dtypes) < 2:
+        return 0
+    widest = max(dtype.itemsize for dtype in dtypes)
+    return sum(math.prod(one.shape) for one in arguments) * widest
+
+
+def converted_or_copied(given: Arguments, results: Sequence[torch.Tensor]) -> int:
+    """For other kernels also: a copy of each argument that is not contiguous."""
+    return converted(given, results) + sum(
+        _bytes(one) for one in _tensors(given) if not one.is_contiguous()
+    )
 
 
 def _times(factor: float) -> Workspace:
     """`factor` times the bytes of arguments and results."""
 
     def workspace(given: Arguments, results: Sequence[torch.Tensor]) -> int:
-        return math.ceil(factor * sum(_bytes(one) for one in (*_tensors(given), *results)))
+        all_bytes = sum(_bytes(one) for one in (*_tensors(given), *results))
+        return math.ceil(factor * all_bytes) + converted_or_copied(given, results)
 
     return workspace
 
@@ -207,8 +269,15 @@ def _broadcast(factor: float) -> Workspace:
     return workspace
 
 
-def _copies_of_strided(given: Arguments, results: Sequence[torch.Tensor]) -> int:
-    return sum(_bytes(one) for one in _tensors(given) if not one.is_contiguous())
+def _rolled(given: Arguments, results: Sequence[torch.Tensor]) -> int:
+    """One dimension after the other, each from the one before."""
+    return len(_numbers(given.get("dims", given.get("dim"))) or results[0].shape) * _bytes(
+        results[0]
+    )
+
+
+def _packed(given: Arguments, results: Sequence[torch.Tensor]) -> int:
+    return _PACKED_BYTES + _times(1)(given, results)
 
 
 def _products_of_chain(given: Arguments, results: Sequence[torch.Tensor]) -> int:
@@ -333,6 +402,11 @@ _RECURRENT = _family(["lstm", "gru", "rnn_tanh", "rnn_relu"], "input")
 _TRANSFORMS = _family(
     [f"fft_{kind}fft{dims}" for kind in ("", "i", "r", "ir") for dims in ("", "2", "n")], "default"
 )
+_WINDOWS = _family(
+    [f"{kind}_window" for kind in ("bartlett", "blackman", "hamming", "hann")],
+    "default",
+    "periodic",
+)
 _PAIR_LOSSES = _family(
     ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"], "default"
 )
@@ -351,10 +425,14 @@ _CHECKS: dict[str, tuple[Check, ...]] = {
         _family(["im2col", "col2im"], "default"),
         (_at_most(_MAX_STEP, "kernel_size", "stride", "dilation", "padding"),),
     ),
-    **dict.fromkeys(_RECURRENT, (_at_most(_MAX_LAYERS, "num_layers"),)),
+    "aten.lstm.input": (_fitting_layers(4), _one_dtype),
+    "aten.gru.input": (_fitting_layers(3), _one_dtype),
+    "aten.rnn_tanh.input": (_fitting_layers(1), _one_dtype),
+    "aten.rnn_relu.input": (_fitting_layers(1), _one_dtype),
     **dict.fromkeys(_family(["nansum", "nanmean"], "default"), (_not_empty("dim"),)),
     **dict.fromkeys(_PAIR_LOSSES, (_one_dtype,)),
     "aten.threshold_backward.default": (_one_dtype,),
+    "aten.binary_cross_entropy.default": (_one_dtype,),
     "aten._softmax_backward_data.default": (_dtype_of_input,),
     "aten._log_softmax_backward_data.default": (_dtype_of_input,),
     "aten.chain_matmul.default": (_at_most_items(_MAX_CHAIN, "matrices"),),
@@ -363,6 +441,7 @@ _CHECKS: dict[str, tuple[Check, ...]] = {
     "aten.diff.default": (_at_most(_MAX_ORDER, "n"),),
     "aten.polygamma.default": (_at_most(_MAX_DERIVATIVE, "n"),),
     "aten.linalg_matrix_power.default": (_at_most(_MAX_EXPONENT, "n"),),
+    "aten.cov.default": (_not_given("fweights", "aweights"),),
     "aten.searchsorted.Tensor": (_not_given("sorter"),),
     "aten.searchsorted.Scalar": (_not_given("sorter"),),
     "aten.repeat_interleave.self_int": (_not_given("output_size"),),
@@ -377,7 +456,7 @@ _WORKSPACE: dict[str, Workspace] = {
     **dict.fromkeys(_TRANSFORMS, _transformed),
     **dict.fromkeys(_PAIR_LOSSES, _broadcast(3)),
     "aten.scaled_dot_product_attention.default": _attention,
-    "aten.linear.default": _copies_of_strided,
+    "aten.linear.default": converted_or_copied,
     "aten.isin.Tensor_Tensor": _sorted_or_compared,
     "aten.isin.Scalar_Tensor": _sorted_or_compared,
     "aten.isin.Tensor_Scalar": _sorted_or_compared,
@@ -386,6 +465,15 @@ _WORKSPACE: dict[str, Workspace] = {
     "aten.chain_matmul.default": _products_of_chain,
     "aten.linalg_multi_dot.default": _products_of_chain,
     "aten.mvlgamma.default": _multigamma,
+    **dict.fromkeys(_WINDOWS, _times(6)),
+    **dict.fromkeys(_family(["roll", "fft_fftshift", "fft_ifftshift"], "default"), _rolled),
+    **dict.fromkeys(
+        _family([f"adaptive_avg_pool{dims}d" for dims in (1, 2, 3)], "default"), _times(4)
+    ),
+    "aten.im2col.default": _times(1),
+    "aten.col2im.default": _times(1),
+    "aten.bilinear.default": _times(3),
+    "aten.gelu_backward.default": _packed,
     "aten.cov.default": _times(4),
     "aten.corrcoef.default": _times(4),
 }

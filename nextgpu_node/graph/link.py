@@ -172,13 +172,9 @@ def _fits(parameter: Parameter, argument: Argument, kinds: Sequence[str]) -> boo
                 item is None or _is_tensor(item, kinds) for item in argument
             )
         case Kind.INTS:
-            return type(argument) is tuple and all(
-                _is_number(item, kinds, INT) for item in argument
-            )
+            return _are_numbers(parameter, argument, kinds, INT)
         case Kind.FLOATS:
-            return type(argument) is tuple and all(
-                _is_number(item, kinds, INT + FLOAT) for item in argument
-            )
+            return _are_numbers(parameter, argument, kinds, INT + FLOAT)
         case Kind.DTYPE:
             return isinstance(argument, DType)
         case Kind.MEMORY_FORMAT:
@@ -207,6 +203,16 @@ def _is_number(argument: Argument, kinds: Sequence[str], allowed: str) -> bool:
         return kinds[argument.index] in allowed
     kind = _LITERAL_KINDS.get(type(argument))
     return kind is not None and kind in allowed
+
+
+def _are_numbers(
+    parameter: Parameter, argument: Argument, kinds: Sequence[str], allowed: str
+) -> bool:
+    return (
+        type(argument) is tuple
+        and len(argument) <= parameter.max_items
+        and all(_is_number(item, kinds, allowed) for item in argument)
+    )
 
 
 def _bad(where: str, why: str) -> NoReturn:

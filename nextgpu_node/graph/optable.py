@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from types import MappingProxyType
 from typing import Any
@@ -28,8 +28,16 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from nextgpu_node.graph.bounds import CHECKS, WORKSPACE, Check, Workspace
+from nextgpu_node.graph.bounds import (
+    CHECKS,
+    WORKSPACE,
+    Check,
+    Workspace,
+    converted,
+    converted_or_copied,
+)
 from nextgpu_protocol.program import DTYPE_BYTES, DType
+from nextgpu_protocol.program_limits import MAX_LIST_ITEMS, MAX_RANK
 from nextgpu_protocol.program_limits import TABLE_VERSION as TABLE_VERSION
 
 _aten = torch.ops.aten
@@ -77,7 +85,11 @@ ABSENT_NAMES = frozenset({"device", "layout", "pin_memory", "non_blocking"})
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of an operator.  `choices`: the only literals that are allowed, if any."""
+    """One parameter of an operator.
+
+    choices    the only literals that are allowed, if any
+    max_items  of a list of numbers
+    """
 
     name: str
     kind: Kind
@@ -85,6 +97,7 @@ class Parameter:
     required: bool
     keyword_only: bool
     choices: tuple[Any, ...] | None = None
+    max_items: int = 2 * MAX_RANK
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +111,8 @@ class Row:
     on_device   the call takes the machine's device
     symbolic    works on sizes, not on tensors
     checks      refuse arguments before the shape run
-    workspace   the bytes that a call needs beside its arguments and results; None: nothing
-    composed    made of other operators, which may make values of their own
+    workspace   the bytes that a call needs beside its arguments and results; None: it is composed
+                of other operators, whose results are counted
     """
 
     op: str
@@ -112,7 +125,6 @@ class Row:
     symbolic: bool = False
     checks: tuple[Check, ...] = ()
     workspace: Workspace | None = None
-    composed: bool = False
     since: int = 1
 
 
@@ -382,6 +394,8 @@ _ELEMENTWISE: tuple[OpOverload, ...] = (
     _aten.xlogy.Scalar_Self,
     _aten.xlogy.Tensor,
 )
+
+_ELEMENTWISE_SET = frozenset(_ELEMENTWISE)
 
 # Reductions, scans, orders and searches along dimensions.
 _REDUCTIONS: tuple[OpOverload, ...] = (
@@ -939,6 +953,19 @@ def _attention_shape(
     return torch.empty(shape, dtype=query.dtype, device="meta").transpose(1, 2)
 
 
+# Its place after input and states.
+_BIDIRECTIONAL = 5
+
+
+def _recurrent_shape(image: torch.Tensor, states: Any, *rest: Any, **named: Any) -> Any:
+    # Everything was checked to fit together (bounds): torch would take all steps to find out.
+    states = list(states) if isinstance(states, (list, tuple)) else [states]
+    bidirectional = named["bidirectional"] if "bidirectional" in named else rest[_BIDIRECTIONAL]
+    size = states[0].shape[2] * (2 if bidirectional else 1)
+    shapes = [(*image.shape[:2], size), *(state.shape for state in states)]
+    return [torch.empty(shape, dtype=image.dtype, device="meta") for shape in shapes]
+
+
 def _view_shape(tensor: torch.Tensor, shape: Sequence[int]) -> Any:
     # A kernel may lay its result out differently than its shape run: count a copy if need be.
     return _aten.reshape.default(tensor, shape)
@@ -976,6 +1003,10 @@ _SHAPE_CALLS: dict[OpOverload, Callable[..., Any]] = {
     _aten.scaled_dot_product_attention.default: _attention_shape,
     _aten.view.default: _view_shape,
     _aten.index.Tensor: _index_shape,
+    _aten.lstm.input: _recurrent_shape,
+    _aten.gru.input: _recurrent_shape,
+    _aten.rnn_tanh.input: _recurrent_shape,
+    _aten.rnn_relu.input: _recurrent_shape,
     _aten.cov.default: _covariance_shape,
     _aten.corrcoef.default: _covariance_shape,
 }
@@ -1082,6 +1113,9 @@ def _row(
     count: Callable[..., int] | None = None,
 ) -> Row:
     parameters = _parameters(op, choices or {})
+    if count:
+        # Cuts and sizes, one for each piece.
+        parameters = tuple(replace(one, max_items=MAX_LIST_ITEMS) for one in parameters)
     takes_device = any(parameter.name == "device" for parameter in parameters)
     takes_tensor = any(parameter.kind is Kind.TENSOR for parameter in parameters)
     return Row(
@@ -1093,9 +1127,20 @@ def _row(
         shape_call=_SHAPE_CALLS.get(op),
         on_device=takes_device and not takes_tensor,
         checks=CHECKS.get(str(op), ()),
-        workspace=WORKSPACE.get(str(op)),
-        composed=op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd),
+        workspace=_workspace(op),
     )
+
+
+def _workspace(op: OpOverload) -> Workspace | None:
+    own = WORKSPACE.get(str(op))
+    if own is not None or (is_composed(op) and op not in _SHAPE_CALLS):
+        return own
+    return converted if op in _ELEMENTWISE_SET else converted_or_copied
+
+
+def is_composed(op: OpOverload) -> bool:
+    """Whether the operator is other operators under one name."""
+    return op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def _size_row(name: str) -> Row:

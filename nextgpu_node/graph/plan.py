@@ -19,8 +19,9 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nextgpu_node.graph.bounds import WORKSPACE, converted_or_copied
 from nextgpu_node.graph.link import Call, LinkedGraph
-from nextgpu_node.graph.optable import Row
+from nextgpu_node.graph.optable import Row, is_composed
 from nextgpu_node.graph.tensors import DTYPE_NAMES, TORCH_DTYPES
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.program import (
@@ -240,7 +241,7 @@ class _Planner:
         self, call: Call, args: list[Any], kwargs: dict[str, Any]
     ) -> tuple[list[Any], int]:
         """The results on shapes alone, and the bytes of what the call makes on the way there."""
-        if not call.row.composed or call.row.workspace or call.row.shape_call:
+        if call.row.workspace is not None:
             return self._check_results(call, self._shape_run(call, args, kwargs)), 0
         with _Composed() as composed:
             results = self._check_results(call, self._shape_run(call, args, kwargs))
@@ -355,23 +356,29 @@ class _Composed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         # They live as long as this, so that no address occurs twice.
         self._made: list[torch.Tensor] = []
+        self._workspace_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        if is_composed(func):
             with self:
                 result = func.decompose(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
         result = func(*args, **(kwargs or {}))
-        items = result if isinstance(result, (tuple, list)) else (result,)
-        self._made += [item for item in items if isinstance(item, torch.Tensor)]
+        tensors = list(_tensors_in(result))
+        self._made += tensors
+        names = (argument.name for argument in func._schema.arguments)
+        given = dict(zip(names, args, strict=False)) | (kwargs or {})
+        workspace = WORKSPACE.get(str(func), converted_or_copied)
+        self._workspace_bytes = max(self._workspace_bytes, workspace(given, tensors))
         return result
 
     def bytes_beside(self, *known: Any) -> int:
         """All that was made and is no part of `known`: the call's arguments and results."""
         left_out = {one.untyped_storage()._cdata for one in _tensors_in(known)}
         made = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in self._made}
-        return sum(size for storage, size in made.items() if storage not in left_out)
+        made_bytes = sum(size for storage, size in made.items() if storage not in left_out)
+        return made_bytes + self._workspace_bytes
 
 
 class _Ledger:
