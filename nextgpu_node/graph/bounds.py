@@ -61,7 +61,10 @@ def _blocked_bytes(tensor: torch.Tensor) -> int:
 
 def _common_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     broadcast: Callable[..., torch.Size] = torch.broadcast_shapes
-    return tuple(broadcast(*shapes))
+    try:
+        return tuple(broadcast(*shapes))
+    except RuntimeError as exc:
+        raise ValueError("shapes do not fit together") from exc
 
 
 def _image(given: Arguments) -> torch.Tensor:
@@ -174,7 +177,10 @@ def _fitting_attention(given: Arguments) -> None:
     if not isinstance(mask, torch.Tensor) or mask.dtype not in (torch.bool, query.dtype):
         raise ValueError("attn_mask must be of booleans or of the dtype of the query")
     scores = (*query.shape[:-1], key.shape[-2])
-    if _common_shape([mask.shape, scores]) != scores:
+    if len(mask.shape) > len(scores) or any(
+        size not in (1, wanted)
+        for size, wanted in zip(mask.shape[::-1], scores[::-1], strict=False)
+    ):
         raise ValueError("attn_mask does not fit")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 MAX_PROGRAM_BYTES = 4 * 1024 * 1024
 # Depth of the msgpack arrays: program, graphs, graph, nodes, node, args, list, items, reference.
 MAX_PROGRAM_DEPTH = 12
+# An empty array is one byte on the wire and 64 in memory.
+MAX_PROGRAM_ARRAYS = 1_048_576
 
 MAX_NODES = 65_536
 MAX_VALUES = 262_144

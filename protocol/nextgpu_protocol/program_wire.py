@@ -21,6 +21,7 @@ import msgpack
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.program_limits import (
     MAX_LIST_NESTING,
+    MAX_PROGRAM_ARRAYS,
     MAX_PROGRAM_BYTES,
     MAX_PROGRAM_DEPTH,
 )
@@ -140,6 +141,7 @@ def _scan_untrusted(data: bytes) -> None:
     position, size = 0, len(data)
     owed = [1]
     total_owed = 1
+    arrays = 0
     while owed:
         if position >= size or total_owed > size - position:
             _malformed("declares more than it holds")
@@ -157,6 +159,10 @@ def _scan_untrusted(data: bytes) -> None:
         elif kind == _ARRAY:
             owed.append(count)
             total_owed += count
+            arrays += 1
+            if arrays > MAX_PROGRAM_ARRAYS:
+                detail = f"program: more than {MAX_PROGRAM_ARRAYS} arrays"
+                raise RemoteProtocolError(ErrorCode.TOO_LARGE, detail)
             if len(owed) > MAX_PROGRAM_DEPTH:
                 _malformed("nested too deeply")
         while owed and owed[-1] == 0:
