@@ -277,7 +277,7 @@ PREDECESSOR: Fields = {
 PREDECESSOR_ENVELOPE = HEIR.envelope("predecessor", pack(plain(PREDECESSOR)))
 LINK: Fields = {"successor": SUCCESSOR_ENVELOPE, "predecessor": PREDECESSOR_ENVELOPE}
 REFUSAL: Fields = {"code": 22, "detail": "one slot, in use"}
-MANIFEST: Fields = {"checkpoint_ms": 5000, "return_carry": True}
+MANIFEST: Fields = {"checkpoint_ms": 5000, "checkpoint_steps": 100, "return_carry": True}
 SUMMARY: Fields = {"steps": 3, "load_ms": 120, "run_ms": 45, "stopped_early": False}
 
 SIGNED: dict[str, tuple[Identity, Fields]] = {

@@ -29,6 +29,7 @@ Workspace = Callable[[Arguments, Sequence[torch.Tensor]], int]
 _BLOCK = 16
 # Descriptors and tiles of kernels that pack their operands.
 _PACKED_BYTES = 1024 * 1024
+_DRAWN_AT_A_TIME = 2**16
 _MAX_CHAIN = 64
 _MAX_ORDER = 64
 _MAX_LAYERS = 1024
@@ -160,6 +161,10 @@ def _honest_scales(given: Arguments) -> None:
             raise ValueError("nothing is left at this scale")
         if after is not None and (at >= len(after) or abs(sizes[at] * scale - after[at]) > 1):
             raise ValueError("scale and size disagree")
+
+
+def _honest_scales_back(given: Arguments) -> None:
+    _honest_scales({**given, "self": torch.empty(given["input_size"], device="meta")})
 
 
 def _fitting_attention(given: Arguments) -> None:
@@ -326,6 +331,16 @@ def _transposed_convolved(given: Arguments, results: Sequence[torch.Tensor]) -> 
     return _convolved({**given, "transposed": True}, results)
 
 
+def _convolved_back(given: Arguments, results: Sequence[torch.Tensor]) -> int:
+    """One pass for the input's gradient, one for the weight's."""
+    return 2 * _convolved(given, [given["grad_output"]])
+
+
+def _drawn(given: Arguments, results: Sequence[torch.Tensor]) -> int:
+    """Words and what they turn into, one block at a time (random_numbers)."""
+    return 64 * min(math.prod(results[0].shape), _DRAWN_AT_A_TIME)
+
+
 def _recurrent(given: Arguments, results: Sequence[torch.Tensor]) -> int:
     """The gates of every step and layer, and packed weights."""
     weights = [one for one in given["params"] if isinstance(one, torch.Tensor)]
@@ -417,9 +432,36 @@ _PAIR_LOSSES = _family(
     ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"], "default"
 )
 
+_RESIZING_BACK = _family(
+    (
+        "upsample_nearest1d_backward",
+        "upsample_nearest2d_backward",
+        "upsample_nearest3d_backward",
+        "upsample_linear1d_backward",
+        "upsample_bilinear2d_backward",
+        "upsample_bicubic2d_backward",
+        "upsample_trilinear3d_backward",
+    ),
+    "default",
+)
+_BACKWARD = _RESIZING_BACK + _family(
+    (
+        "native_layer_norm_backward",
+        "_adaptive_avg_pool2d_backward",
+        "_adaptive_avg_pool3d_backward",
+        "avg_pool2d_backward",
+        "avg_pool3d_backward",
+        "grid_sampler_2d_backward",
+        "grid_sampler_3d_backward",
+    ),
+    "default",
+)
+_DRAWS = ("random.uniform", "random.normal", "random.bits", "random.bernoulli")
+
 _CHECKS: dict[str, tuple[Check, ...]] = {
     "aten.scaled_dot_product_attention.default": (_fitting_attention,),
     **dict.fromkeys(_RESIZING, (_honest_scales,)),
+    **dict.fromkeys(_RESIZING_BACK, (_honest_scales_back,)),
     **dict.fromkeys(
         _CONVOLUTIONS + _TRANSPOSED,
         (_at_most(_MAX_STEP, "stride", "padding", "dilation", "output_padding"),),
@@ -461,6 +503,9 @@ _WORKSPACE: dict[str, Workspace] = {
     **dict.fromkeys(_RECURRENT, _recurrent),
     **dict.fromkeys(_TRANSFORMS, _transformed),
     **dict.fromkeys(_PAIR_LOSSES, _broadcast(3)),
+    **dict.fromkeys(_BACKWARD, _times(3)),
+    **dict.fromkeys(_DRAWS, _drawn),
+    "aten.convolution_backward.default": _convolved_back,
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.linear.default": converted_or_copied,
     "aten.isin.Tensor_Tensor": _sorted_or_compared,

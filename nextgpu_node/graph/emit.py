@@ -18,6 +18,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from nextgpu_node.errors import ProgramError
+from nextgpu_node.graph.draws import DRAWS, Draws
 from nextgpu_node.graph.explain import lines_of_trace, refuse_line
 from nextgpu_node.graph.optable import ABSENT_NAMES, TABLE, Kind, Parameter, Row
 from nextgpu_node.graph.recurrent import STANDS_FOR
@@ -112,7 +113,9 @@ INLINED: frozenset[HigherOrderOperator] = frozenset(
 )
 
 # What emission deals with though the table does not have it.
-HANDLED: frozenset[OpOverload] = _CHECKS | _COPIES | _RENAMED.keys() | {_INFERENCE_BATCH_NORM}
+HANDLED: frozenset[OpOverload] = (
+    _CHECKS | _COPIES | _RENAMED.keys() | {_INFERENCE_BATCH_NORM} | DRAWS
+)
 
 _SIZE_CALLS: dict[Callable[..., Any], str] = {
     operator.add: "sym.add",
@@ -175,11 +178,12 @@ class Emitter:
     """Collects nodes; `add_input` and `walk` first, then `finish` once."""
 
     inputs: int = 0
+    draws: Draws = field(default_factory=Draws)
     _drafts: list[_Draft] = field(default_factory=list)
     _count: int = 0
 
     def add_input(self) -> Ref:
-        """A new input value.  All inputs are added before the first node."""
+        """A new input value."""
         self.inputs += 1
         self._count += 1
         return Ref(self._count - 1)
@@ -271,6 +275,8 @@ class Emitter:
     ) -> Value:
         if _is_inert_dropout(target, args):
             return args[0]
+        if target in DRAWS:
+            return self.draws.emit(self, target, args, kwargs)
         if target is _INFERENCE_BATCH_NORM:
             return self._batch_norm(args)
         if str(target) in GROUPED_MM and _is_plain_product(args, kwargs):
@@ -468,10 +474,7 @@ _RANDOM = re.compile(r"aten\.(.*rand|.*dropout|bernoulli|multinomial|normal|expo
 
 
 def _refuse(node: torch.fx.Node, op: str) -> NoReturn:
-    if _RANDOM.match(op):
-        remedy = "call .eval() on the model, or draw the numbers first and pass them in"
-    else:
-        remedy = _REWRITE
+    remedy = "draw the numbers first and pass them in" if _RANDOM.match(op) else _REWRITE
     _fail(node, f"the operator {op} is not in the operator table", remedy)
 
 

@@ -38,9 +38,11 @@ from nextgpu_node.graph.calls import (
     spec_of_leaves,
     tensor_leaves,
 )
+from nextgpu_node.graph.draws import STATE_NAME
 from nextgpu_node.graph.emit import Emitter
 from nextgpu_node.graph.explain import Line, tracing_failed
 from nextgpu_node.graph.lower import lower, quiet
+from nextgpu_node.graph.random_numbers import make_state
 from nextgpu_node.graph.recurrent import StandIns
 from nextgpu_node.graph.tensors import DTYPE_NAMES, spec_of
 from nextgpu_protocol.program import Dimension, DType, ProgramSpec, Ref, Symbol, TensorSpec
@@ -56,6 +58,7 @@ def export(
     *,
     dynamic: Mapping[str, Any] | Sequence[Any] | None = None,
     stop: str | None = None,
+    seed: int = 0,
 ) -> Program:
     """The program of one call `module_or_function(*args, **kwargs)`.
 
@@ -72,6 +75,9 @@ def export(
     Writing to an input has no effect outside the program.  `stop` names the boolean output that
     ends a scan over many inputs.
 
+    Where the model draws random numbers (dropout of a model in training, torch.rand, …) they come
+    from a state in the carry, `random_state`, made from `seed`: the same seed, the same numbers.
+
     Raises ProgramError, which names the line of the model and what to do.
     """
     if isinstance(module_or_function, ExportedProgram):
@@ -79,7 +85,7 @@ def export(
         names = _names_of_exported(exported)
     else:
         exported, names = _trace(module_or_function, tuple(args), dict(kwargs or {}), dynamic)
-    return _Assembly(lower(exported), names).program(stop)
+    return _Assembly(lower(exported), names).program(stop, seed)
 
 
 # ---------------------------------------------------------------- tracing
@@ -329,10 +335,11 @@ class _Assembly:
             *signature.parameters_to_mutate.values(),
         }
 
-    def program(self, stop: str | None) -> Program:
+    def program(self, stop: str | None, seed: int) -> Program:
         given = self._inputs()
         outputs = self._emitter.walk(self._exported.graph_module, given)
         carry_refs, ys = self._outputs(outputs)
+        carry_refs += self._random_state(seed)
         results = [*carry_refs, *(ref for ref, _ in ys)]
         is_read = self._emitter.is_read(results)
         constants = {name: one for name, one in self._constants.items() if is_read(one[0])}
@@ -357,6 +364,14 @@ class _Assembly:
             {name: tensor for name, (_, tensor) in constants.items()},
             {name: tensor for name, (_, tensor) in self._carry.items()},
         )
+
+    def _random_state(self, seed: int) -> list[Ref]:
+        """The state after the step, and the one before it in the carry, if anything is drawn."""
+        state = self._emitter.draws.state
+        if state is None:
+            return []
+        self._carry[_unique(STATE_NAME, self._carry)] = (state, make_state(seed))
+        return [self._emitter.draws.next_state(self._emitter)]
 
     # ------------------------------------------------------------ inputs
 

@@ -173,6 +173,8 @@ def _fits(parameter: Parameter, argument: Argument, kinds: Sequence[str]) -> boo
             )
         case Kind.INTS:
             return _are_numbers(parameter, argument, kinds, INT)
+        case Kind.BOOLS:
+            return _are_numbers(parameter, argument, kinds, BOOL)
         case Kind.FLOATS:
             return _are_numbers(parameter, argument, kinds, INT + FLOAT)
         case Kind.DTYPE:

@@ -17,6 +17,7 @@ from torch._library.custom_ops import OPDEFS
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 
+from nextgpu_node.graph.draws import rules_for
 from nextgpu_node.graph.emit import GROUPED_MM, HANDLED, INLINED
 from nextgpu_node.graph.explain import tracing_failed
 from nextgpu_node.graph.optable import TABLE
@@ -30,9 +31,10 @@ def lower(exported: ExportedProgram) -> ExportedProgram:
 
     ProgramError where torch can not; an operator that stays unknown is left for emission to name.
     """
-    if _is_lowered(exported):
+    drawn = rules_for(exported.graph)
+    if not drawn and _is_lowered(exported):
         return exported
-    table = RULES | _rules_outside_the_table(exported) | _decompositions(exported)
+    table = RULES | _rules_outside_the_table(exported) | _decompositions(exported) | drawn
     for _ in range(_MAX_ROUNDS):
         try:
             with quiet():

@@ -8,10 +8,11 @@ names its operator as an explicit reference, so the table is fixed when the file
 Left out on purpose:
   - what reads files, storages or memory of others: from_file, set_, as_strided*, resize*,
     *_like without values (export writes zeros instead of empty);
-  - what changes its inputs, draws random numbers, or calls back;
+  - what changes its inputs, draws from a generator that the program does not carry, or calls back;
   - outputs whose shape depends on values: nonzero, unique, masked_select, item, bincount, …;
   - kernels that trust index or statistics tensors of their callers without checking them:
-    native_batch_norm, native_group_norm, the backward passes of pooling and normalisation;
+    native_batch_norm, native_group_norm, max_pool*_backward, embedding_dense_backward, …; those
+    that trust shapes alone are here with a check of their own (checked_kernels);
   - texts that are parsed (einsum): texts here select one of the listed modes.
 """
 
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from nextgpu_node.graph import random_numbers
 from nextgpu_node.graph.bounds import (
     CHECKS,
     WORKSPACE,
@@ -36,6 +38,7 @@ from nextgpu_node.graph.bounds import (
     converted,
     converted_or_copied,
 )
+from nextgpu_node.graph.checked_kernels import CHECKED_KERNELS
 from nextgpu_protocol.program import DTYPE_BYTES, DType
 from nextgpu_protocol.program_limits import MAX_LIST_ITEMS, MAX_RANK
 from nextgpu_protocol.program_limits import TABLE_VERSION as TABLE_VERSION
@@ -54,6 +57,7 @@ class Kind(Enum):
     FLOAT = auto()
     FLOATS = auto()
     BOOL = auto()
+    BOOLS = auto()
     NUMBER = auto()
     DTYPE = auto()
     MEMORY_FORMAT = auto()
@@ -73,6 +77,7 @@ _KINDS: dict[str, Kind] = {
     "float": Kind.FLOAT,
     "List[float]": Kind.FLOATS,
     "bool": Kind.BOOL,
+    "List[bool]": Kind.BOOLS,
     "number": Kind.NUMBER,
     "ScalarType": Kind.DTYPE,
     "MemoryFormat": Kind.MEMORY_FORMAT,
@@ -1073,6 +1078,61 @@ _SIZES: dict[str, tuple[Callable[..., Any], tuple[str, ...], str]] = {
 }
 
 
+# ---------------------------------------------------------------- random numbers
+
+# Name -> (call, the same on shapes, its parameters after the state); see random_numbers.
+_DRAWS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Kind]]] = {
+    "random.uniform": (
+        random_numbers.uniform,
+        random_numbers.drawn_shape,
+        {"site": Kind.INT, "size": Kind.INTS, "dtype": Kind.DTYPE},
+    ),
+    "random.normal": (
+        random_numbers.normal,
+        random_numbers.drawn_shape,
+        {"site": Kind.INT, "size": Kind.INTS, "dtype": Kind.DTYPE},
+    ),
+    "random.bits": (
+        random_numbers.bits,
+        random_numbers.bits_shape,
+        {"site": Kind.INT, "size": Kind.INTS},
+    ),
+    "random.bernoulli": (
+        random_numbers.bernoulli,
+        random_numbers.bernoulli_shape,
+        {"site": Kind.INT, "size": Kind.INTS, "p": Kind.FLOAT},
+    ),
+}
+
+
+def _random_rows() -> list[Row]:
+    state = _needed("state", Kind.TENSOR)
+    rows = [
+        Row("random.read", random_numbers.read, (state,), "t", since=2),
+        Row("random.advance", random_numbers.advance, (state,), "t", since=2),
+    ]
+    rows = [replace(row, shape_call=random_numbers.read_shape) for row in rows]
+    for name, (call, shape_call, kinds) in _DRAWS.items():
+        parameters = (state, *(_needed(each, kind) for each, kind in kinds.items()))
+        rows.append(
+            Row(
+                name,
+                call,
+                parameters,
+                "t",
+                shape_call=shape_call,
+                on_device=True,
+                workspace=WORKSPACE[name],
+                since=2,
+            )
+        )
+    return rows
+
+
+def _needed(name: str, kind: Kind) -> Parameter:
+    return Parameter(name, kind, optional=False, required=True, keyword_only=False)
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -1204,6 +1264,11 @@ def _build() -> dict[str, Row]:
     rows.append(_GROUPED_MM)
     rows += [_row(op, {flag: (value,)}) for op, (flag, value) in _INFERENCE_ONLY.items()]
     rows += [_row(op, texts, count) for op, (count, texts) in _LISTS.items()]
+    rows += [
+        replace(_row(op), call=call, shape_call=shape_call, since=2)
+        for op, (call, shape_call) in CHECKED_KERNELS.items()
+    ]
+    rows += _random_rows()
     return {row.op: row for row in rows}
 
 

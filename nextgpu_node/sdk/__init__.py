@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     )
     from nextgpu_node.graph.artifact import Program
     from nextgpu_node.graph.export import export
+    from nextgpu_node.graph.generation import generate_program, generation_steps
     from nextgpu_node.graph.local import run_local
+    from nextgpu_node.graph.optimizers import (
+        SGD,
+        Adam,
+        AdamW,
+        Constant,
+        WarmupCosine,
+        WarmupLinear,
+    )
+    from nextgpu_node.graph.trained import load_carry_into
+    from nextgpu_node.graph.training import train_step
     from nextgpu_node.sdk.client import Client, open_client
     from nextgpu_node.sdk.executor import Executor, RemoteFuture
     from nextgpu_node.sdk.sync import run, run_events, run_steps
@@ -32,7 +43,10 @@ if TYPE_CHECKING:
 
 # One name a line, so that two changes meet seldom.
 __all__ = [
+    "Adam",
+    "AdamW",
     "Client",
+    "Constant",
     "DaemonUnreachable",
     "Executor",
     "IntegrityError",
@@ -48,12 +62,19 @@ __all__ = [
     "Refused",
     "RemoteFuture",
     "RemoteUnit",
+    "SGD",
+    "WarmupCosine",
+    "WarmupLinear",
     "export",
+    "generate_program",
+    "generation_steps",
+    "load_carry_into",
     "open_client",
     "run",
     "run_events",
     "run_local",
     "run_steps",
+    "train_step",
 ]
 
 _ERRORS = (
@@ -62,18 +83,28 @@ _ERRORS = (
 )
 _HOME_OF = {
     **dict.fromkeys(_ERRORS, "nextgpu_node.errors"),
+    "Adam": "nextgpu_node.graph.optimizers",
+    "AdamW": "nextgpu_node.graph.optimizers",
     "Client": "nextgpu_node.sdk.client",
+    "Constant": "nextgpu_node.graph.optimizers",
     "Executor": "nextgpu_node.sdk.executor",
+    "export": "nextgpu_node.graph.export",
+    "generate_program": "nextgpu_node.graph.generation",
+    "generation_steps": "nextgpu_node.graph.generation",
+    "load_carry_into": "nextgpu_node.graph.trained",
     "Needs": "nextgpu_node.sdk.unit",
+    "open_client": "nextgpu_node.sdk.client",
     "Program": "nextgpu_node.graph.artifact",
     "RemoteFuture": "nextgpu_node.sdk.executor",
     "RemoteUnit": "nextgpu_node.sdk.unit",
-    "export": "nextgpu_node.graph.export",
-    "open_client": "nextgpu_node.sdk.client",
     "run": "nextgpu_node.sdk.sync",
     "run_events": "nextgpu_node.sdk.sync",
     "run_local": "nextgpu_node.graph.local",
     "run_steps": "nextgpu_node.sdk.sync",
+    "SGD": "nextgpu_node.graph.optimizers",
+    "train_step": "nextgpu_node.graph.training",
+    "WarmupCosine": "nextgpu_node.graph.optimizers",
+    "WarmupLinear": "nextgpu_node.graph.optimizers",
 }
 
 

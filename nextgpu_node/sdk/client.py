@@ -104,16 +104,17 @@ class Client:
         carry: Mapping[str, Tensor] | None = None,
         return_carry: bool = False,
         checkpoint_ms: int = 0,
+        checkpoint_steps: int = 0,
     ) -> AsyncGenerator[UnitEvent, None]:
         """Run `program` over `steps` on one peer.  Yields its events, in order.
 
         `carry` goes on from an earlier Checkpoint; `return_carry` gives one at the end,
-        `checkpoint_ms` one every so often.
+        `checkpoint_ms` one every so often, `checkpoint_steps` one after each so many steps.
 
         Raises NoPeerFound, Refused, PeerLost, JobFailed, OutOfMemory, JobTimeout,
         IntegrityError or DaemonUnreachable.  Leaving early ends the unit.
         """
-        start = _Start(program, carry, return_carry, checkpoint_ms)
+        start = _Start(program, carry, return_carry, checkpoint_ms, checkpoint_steps)
         async with (
             self.open_unit(program, needs) as (peer, unit),
             _conversation(peer, unit, start, steps) as events,
@@ -132,9 +133,10 @@ class Client:
         carry: Mapping[str, Tensor] | None = None,
         return_carry: bool = False,
         checkpoint_ms: int = 0,
+        checkpoint_steps: int = 0,
     ) -> AsyncGenerator[UnitEvent, None]:
         """The same on `peer` and on no other.  Raises as `run`, but NoPeerFound."""
-        start = _Start(program, carry, return_carry, checkpoint_ms)
+        start = _Start(program, carry, return_carry, checkpoint_ms, checkpoint_steps)
         async with (
             self.open_unit_on(peer, program, needs) as unit,
             _conversation(peer, unit, start, steps) as events,
@@ -188,6 +190,7 @@ class _Start:
     carry: Mapping[str, Tensor] | None
     return_carry: bool
     checkpoint_ms: int
+    checkpoint_steps: int
 
     async def send(self, unit: RemoteUnit) -> None:
         await unit.start(
@@ -195,6 +198,7 @@ class _Start:
             carry=self.carry,
             return_carry=self.return_carry,
             checkpoint_ms=self.checkpoint_ms,
+            checkpoint_steps=self.checkpoint_steps,
         )
 
 

@@ -89,6 +89,7 @@ def run_events(
     carry: Mapping[str, Tensor] | None = None,
     return_carry: bool = False,
     checkpoint_ms: int = 0,
+    checkpoint_steps: int = 0,
 ) -> Iterator[Iterator[UnitEvent]]:
     """What happens to one unit, as it happens (sdk/events.py).  Leaving the block ends the unit.
 
@@ -106,6 +107,7 @@ def run_events(
                 carry=carry,
                 return_carry=return_carry,
                 checkpoint_ms=checkpoint_ms,
+                checkpoint_steps=checkpoint_steps,
             ) as found,
         ):
             async for event in found:

@@ -246,6 +246,7 @@ class RemoteUnit:
         program: Program,
         *,
         checkpoint_ms: int = 0,
+        checkpoint_steps: int = 0,
         return_carry: bool = False,
         carry: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -255,7 +256,7 @@ class RemoteUnit:
         or, where the program has an init graph, computed by the worker.
         """
         self._spec: ProgramSpec = program.spec
-        manifest = UnitManifest(checkpoint_ms=checkpoint_ms, return_carry=return_carry)
+        manifest = UnitManifest(checkpoint_ms, checkpoint_steps, return_carry)
         await self._write(RecordKind.MANIFEST, [encode_message(manifest)])
         await self._write(RecordKind.PROGRAM, [encode_program(program.spec)])
         await self._write(RecordKind.CONSTANTS, encode_tensors(program.constants))

@@ -145,6 +145,7 @@ class Scan:
         self._machine: Machine | None = None
         self._awaited: tuple[RecordKind, ...] = (RecordKind.MANIFEST,)
         self._steps = 0
+        self._checkpointed = 0
         self._unflushed = False
         self._run_s = 0.0
         self._began_s = time.monotonic()
@@ -268,8 +269,11 @@ class Scan:
 
     def _checkpoint_if_due(self) -> None:
         assert self._manifest is not None
-        interval_ms = self._manifest.checkpoint_ms
-        if interval_ms and (time.monotonic() - self._checkpoint_s) * 1000 >= interval_ms:
+        interval_ms, interval = self._manifest.checkpoint_ms, self._manifest.checkpoint_steps
+        waited_ms = (time.monotonic() - self._checkpoint_s) * 1000
+        if (interval_ms and waited_ms >= interval_ms) or (
+            interval and self._steps - self._checkpointed >= interval
+        ):
             self._send_checkpoint()
 
     def _send_checkpoint(self) -> None:
@@ -278,7 +282,7 @@ class Scan:
             RecordKind.CHECKPOINT, [steps, *encode_tensors(self._the_machine.carry())]
         )
         self._outbox.flush()
-        self._checkpoint_s = time.monotonic()
+        self._checkpoint_s, self._checkpointed = time.monotonic(), self._steps
 
     @property
     def _the_machine(self) -> Machine:

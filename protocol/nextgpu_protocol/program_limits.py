@@ -34,4 +34,4 @@ MAX_TENSOR_HEADER_BYTES = 8 * 1024 * 1024
 
 # The operator table that this version of the protocol names (60-program.md#operators).  Here and
 # not beside the table, because a daemon must name it without loading torch.
-TABLE_VERSION = 1
+TABLE_VERSION = 2

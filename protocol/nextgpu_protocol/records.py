@@ -45,6 +45,7 @@ class UnitManifest:
     """How the worker runs the program.  Encoded as a message (00-conventions.md)."""
 
     checkpoint_ms: int  # seal the carry back this often; 0 for never
+    checkpoint_steps: int  # seal it back after each so many steps; 0 for never
     return_carry: bool  # seal the carry back at the end
 
 

@@ -31,7 +31,7 @@ from nextgpu_protocol.records import RecordKind, UnitManifest
 from tests.support.nodes import Trio
 from tests.support.raw_peer import RawPeer, RawUnit, raw_peer
 
-MANIFEST = (RecordKind.MANIFEST, encode_message(UnitManifest(checkpoint_ms=0, return_carry=False)))
+MANIFEST = (RecordKind.MANIFEST, encode_message(UnitManifest(0, 0, return_carry=False)))
 TEN_MINUTES_MS = 600_000
 
 

@@ -168,6 +168,7 @@ _FRESH: dict[Kind, Callable[[random.Random, Case], Any]] = {
     Kind.FLOAT: lambda rng, case: rng.choice(_FLOATS),
     Kind.FLOATS: lambda rng, case: [rng.choice(_FLOATS) for _ in range(rng.randrange(4))],
     Kind.BOOL: lambda rng, case: rng.random() < 0.5,
+    Kind.BOOLS: lambda rng, case: [rng.random() < 0.5 for _ in range(rng.randrange(5))],
     Kind.NUMBER: lambda rng, case: rng.choice((*_INTS, *_FLOATS, True, False)),
     Kind.DTYPE: lambda rng, case: rng.choice(list(TORCH_DTYPES.values())),
     Kind.MEMORY_FORMAT: lambda rng, case: rng.choice(

@@ -234,12 +234,25 @@ def _cell(gates: int, states: int) -> Callable[[], _Call]:
     return _call(tensor(2, 4), state, tensor(gates * 5, 4), tensor(gates * 5, 5))
 
 
+def _resized_back(dims: int, *, align: bool = True) -> Callable[[], _Call]:
+    small, large = [4] * dims, [8] * dims
+    modes = (True,) if align else ()
+    return _call(tensor(2, 3, *large), large, [2, 3, *small], *modes)
+
+
+def _layer_norm_back() -> _Call:
+    image, weight, bias = tensor(3, 4), tensor(4), tensor(4)
+    _, mean, rstd = torch.ops.aten.native_layer_norm(image, [4], weight, bias, 1e-5)
+    return [tensor(3, 4, seed=1), image, [4], mean, rstd, weight, bias, [True] * 3], {}
+
+
 _POSITIVE_DEFINITE = torch.eye(3) * 2
 _CLASSES = tensor(2, 3)
 _TARGET = torch.tensor([0, 2])
 _IMAGE = tensor(2, 3, 8, 8)
 _VOLUME = tensor(2, 3, 4, 4, 4)
 
+# fmt: off
 _WRITTEN: dict[str, Callable[[], _Call]] = {
     "nextgpu.grouped_mm": _call(tensor(5, 4), tensor(2, 4, 3), torch.tensor([2, 5])),
     "aten._int_mm.default": _call(
@@ -268,6 +281,31 @@ _WRITTEN: dict[str, Callable[[], _Call]] = {
     "aten.linalg_cross.default": _call(tensor(2, 3), tensor(2, 3, seed=1)),
     "aten.affine_grid_generator.default": _call(tensor(2, 2, 3), [2, 3, 4, 5], True),
     "aten.binary_cross_entropy.default": _call(tensor(3, 4) - 0.25, tensor(3, 4) - 0.25),
+    "random.uniform": _call(torch.tensor([7, 1]), 0, [3, 4], torch.float32),
+    "random.normal": _call(torch.tensor([7, 1]), 0, [3, 4], torch.float32),
+    "random.bits": _call(torch.tensor([7, 1]), 0, [3, 4]),
+    "random.bernoulli": _call(torch.tensor([7, 1]), 0, [3, 4], 0.25),
+    "random.read": _call(torch.tensor([7, 1])),
+    "random.advance": _call(torch.tensor([7, 1])),
+    "aten.convolution_backward.default": _call(
+        tensor(2, 6, 6, 6), _IMAGE, tensor(6, 3, 3, 3), [6], [1, 1], [0, 0], [1, 1], False,
+        [0, 0], 1, [True] * 3,
+    ),
+    "aten.native_layer_norm_backward.default": _layer_norm_back,
+    "aten._adaptive_avg_pool2d_backward.default": _call(tensor(2, 3, 2, 2), _IMAGE),
+    "aten._adaptive_avg_pool3d_backward.default": _call(tensor(2, 3, 2, 2, 2), _VOLUME),
+    "aten.avg_pool2d_backward.default": _call(
+        tensor(2, 3, 4, 4), _IMAGE, [2, 2], [2, 2], [0, 0], False, True, None
+    ),
+    "aten.avg_pool3d_backward.default": _call(
+        tensor(2, 3, 2, 2, 2), _VOLUME, [2] * 3, [2] * 3, [0] * 3, False, True, None
+    ),
+    "aten.grid_sampler_2d_backward.default": _call(
+        tensor(2, 3, 5, 6), _IMAGE, tensor(2, 5, 6, 2), 0, 0, False, [True] * 2
+    ),
+    "aten.grid_sampler_3d_backward.default": _call(
+        tensor(2, 3, 3, 5, 6), _VOLUME, tensor(2, 3, 5, 6, 3), 0, 0, False, [True] * 2
+    ),
     "aten.conv1d.default": _call(tensor(2, 4, 8), tensor(6, 4, 3)),
     "aten.conv2d.default": _call(_IMAGE, tensor(6, 3, 3, 3)),
     "aten.conv3d.default": _call(_VOLUME, tensor(6, 3, 2, 2, 2)),
@@ -319,7 +357,12 @@ _WRITTEN: dict[str, Callable[[], _Call]] = {
 }
 for _dims, _kind in ((1, "linear1d"), (2, "bilinear2d"), (2, "bicubic2d"), (3, "trilinear3d")):
     _WRITTEN[f"aten.upsample_{_kind}.vec"] = _resized(_dims)
+for _kind, _dims in (("linear1d", 1), ("bilinear2d", 2), ("bicubic2d", 2), ("trilinear3d", 3)):
+    _WRITTEN[f"aten.upsample_{_kind}_backward.default"] = _resized_back(_dims)
 for _dims in (1, 2, 3):
+    _WRITTEN[f"aten.upsample_nearest{_dims}d_backward.default"] = _resized_back(
+        _dims, align=False
+    )
     _WRITTEN[f"aten.upsample_nearest{_dims}d.vec"] = _resized(_dims, align=False)
     _WRITTEN[f"aten._upsample_nearest_exact{_dims}d.vec"] = _resized(_dims, align=False)
 for _kind in ("bilinear2d", "bicubic2d"):

@@ -178,7 +178,7 @@ const FIELDS = {
   succession: [["successor", bytes()], ["predecessor", bytes()]],
   successions: [["links", listOf(message("succession"), items(0, LIMITS.MAX_SUCCESSIONS))]],
   refusal: [["code", int], ["detail", text]],
-  manifest: [["checkpoint_ms", int], ["return_carry", bool]],
+  manifest: [["checkpoint_ms", int], ["checkpoint_steps", int], ["return_carry", bool]],
   summary: [["steps", int], ["load_ms", int], ["run_ms", int], ["stopped_early", bool]],
 };
 

@@ -71,7 +71,7 @@ const vector = (size, value) => ({ shape: [size], values: new Array(size).fill(v
 
 async function sendUnit(out, { size, steps }) {
   await out.open();
-  out.add("MANIFEST", encodeMessage("manifest", { checkpoint_ms: 0, return_carry: true }));
+  out.add("MANIFEST", encodeMessage("manifest", { checkpoint_ms: 0, checkpoint_steps: 0, return_carry: true }));
   out.add("PROGRAM", scaleAndSum(size));
   out.add("CONSTANTS", encodeImage([["w", vector(size, 3)]]));
   out.add("CARRY", encodeImage([["sum", vector(size, 0)]]));

@@ -14,6 +14,7 @@ REVIEWED = {
     "float": {Kind.FLOAT},
     "List[float]": {Kind.FLOATS},
     "bool": {Kind.BOOL, Kind.ABSENT},
+    "List[bool]": {Kind.BOOLS},
     "number": {Kind.NUMBER},
     "ScalarType": {Kind.DTYPE},
     "MemoryFormat": {Kind.MEMORY_FORMAT},
