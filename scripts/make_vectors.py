@@ -385,7 +385,7 @@ def wrong_values_for_an_integer() -> Iterator[Vector]:
 @scenario
 def wrong_values_for_a_boolean() -> Iterator[Vector]:
     for name, value in {"one": b"\x01", "zero": b"\x00", "nil": b"\xc0"}.items():
-        data = b"\x92" + pack(5000) + value
+        data = b"\x93" + pack(5000) + pack(100) + value
         yield message(f"boolean-{name}", f"return_carry is {name}.", "manifest", data, "MALFORMED")
 
 

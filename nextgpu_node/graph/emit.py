@@ -470,7 +470,9 @@ def _renumber(argument: Argument, numbers: dict[int, int]) -> Argument:
 
 _TRAINING = frozenset({"train", "training", "use_input_stats", "dropout_p"})
 _REWRITE = "write this line with other operators"
-_RANDOM = re.compile(r"aten\.(.*rand|.*dropout|bernoulli|multinomial|normal|exponential)")
+_RANDOM = re.compile(
+    r"aten\.(.*rand|.*dropout|bernoulli|multinomial|normal|exponential|poisson|binomial)"
+)
 
 
 def _refuse(node: torch.fx.Node, op: str) -> NoReturn:

@@ -21,7 +21,7 @@ from tests.protocol import samples
 
 UNSIGNED: list[Any] = [
     Refusal(22, "busy"),
-    UnitManifest(5000, True),
+    UnitManifest(5000, 100, True),
     UnitSummary(1, 2, 3, False),
     Connect(bytes(32)),
     SignDraft("request", b"payload"),
@@ -149,7 +149,7 @@ def test_another_type_is_no_integer(name: str) -> None:
 
 @pytest.mark.parametrize("value", [0, 1, None, "true", b""])
 def test_another_type_is_no_boolean(value: Any) -> None:
-    assert fails(UnitManifest, msgpack.packb([5000, value])) is ErrorCode.MALFORMED
+    assert fails(UnitManifest, msgpack.packb([5000, 100, value])) is ErrorCode.MALFORMED
 
 
 def test_bytes_and_text_are_not_each_other() -> None:
