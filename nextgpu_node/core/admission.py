@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, replace
 
+from nextgpu_protocol.checks import check_request_untrusted
 from nextgpu_protocol.envelope import Signed
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.ids import PeerId, PeerKey, peer_id_from_public_key
@@ -16,8 +17,6 @@ from nextgpu_protocol.limits import MAX_CLOCK_SKEW_MS
 from nextgpu_protocol.messages import (
     DeviceInfo,
     UnitRequest,
-    check_suite_untrusted,
-    check_window_untrusted,
 )
 from nextgpu_protocol.tokens import TokenChain, check_within_token_untrusted
 
@@ -167,13 +166,9 @@ def check_freshness(
     request: Signed[UnitRequest], own_key: PeerKey, seen: ReplayCache, *, now_ms: int
 ) -> None:
     """Is it for us, of this suite, in its time, and the first of its kind?"""
-    message = request.message
-    check_suite_untrusted(message.suite)
-    if message.provider_key != own_key:
-        raise RemoteProtocolError(ErrorCode.WRONG_PEER, "the request is for another provider")
-    check_window_untrusted(message.issued_at_ms, message.expires_at_ms, now_ms=now_ms)
+    check_request_untrusted(request, own_key, now_ms=now_ms)
     # Kept for the clock skew too: until then the window check would let a replay through.
-    forget_at_ms = message.expires_at_ms + 2 * MAX_CLOCK_SKEW_MS
+    forget_at_ms = request.message.expires_at_ms + 2 * MAX_CLOCK_SKEW_MS
     seen.check_and_add(request.hash, forget_at_ms=forget_at_ms, now_ms=now_ms)
 
 

@@ -27,6 +27,7 @@ from nextgpu_node.core.admission import (
     check_policy,
 )
 from nextgpu_node.core.tokens import Reservation, TokenBook
+from nextgpu_protocol.checks import check_header_untrusted
 from nextgpu_protocol.envelope import Signed
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.ids import PeerId, PeerKey
@@ -34,8 +35,6 @@ from nextgpu_protocol.messages import (
     Offer,
     UnitHeader,
     UnitRequest,
-    check_suite_untrusted,
-    check_window_untrusted,
 )
 from nextgpu_protocol.tokens import (
     TokenChain,
@@ -379,7 +378,7 @@ class Lending:
         unit = self._units[event.session]
         try:
             assert unit.offer is not None
-            _check_header_untrusted(event.header, unit.request, unit.offer, now_ms)
+            check_header_untrusted(event.header, unit.request, unit.offer, now_ms=now_ms)
         except RemoteProtocolError as exc:
             return self._drop(event.session, exc.code, exc.detail)
         unit.header = event.header
@@ -451,16 +450,3 @@ class Lending:
     def _drop(self, session: SessionId, code: ErrorCode, detail: str) -> list[Effect]:
         self._units[session].state = UnitState.OVER
         return [Discard(code, detail)]
-
-
-def _check_header_untrusted(
-    header: Signed[UnitHeader], request: Signed[UnitRequest], offer: Signed[Offer], now_ms: int
-) -> None:
-    check_suite_untrusted(header.message.suite)
-    if header.signer != request.signer:
-        raise RemoteProtocolError(ErrorCode.WRONG_PEER, "header and request differ in signer")
-    if header.message.offer_hash != offer.hash:
-        raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "offer_hash")
-    if now_ms > offer.message.expires_at_ms:
-        raise RemoteProtocolError(ErrorCode.EXPIRED, "the offer")
-    check_window_untrusted(header.message.issued_at_ms, header.message.expires_at_ms, now_ms=now_ms)

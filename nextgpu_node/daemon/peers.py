@@ -19,10 +19,12 @@ from nextgpu_node.errors import NetworkError, PeerLost
 from nextgpu_node.frames import ByteStream, FrameStream
 from nextgpu_node.p2p.network import Network
 from nextgpu_protocol.capability import keys_for_need
+from nextgpu_protocol.checks import check_capacity_untrusted
 from nextgpu_protocol.envelope import open_envelope_untrusted
-from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.errors import RemoteProtocolError
 from nextgpu_protocol.framing import FrameKind
-from nextgpu_protocol.messages import Capacity, check_window_untrusted
+from nextgpu_protocol.ids import public_key_from_peer_id
+from nextgpu_protocol.messages import Capacity
 
 log = structlog.get_logger()
 
@@ -103,10 +105,8 @@ class PeerFinder:
 
 def _view_untrusted(peer_id: str, body: bytes, latency_ms: float) -> PeerView:
     signed = open_envelope_untrusted(Capacity, body)
-    if signed.signer_id != peer_id:
-        raise RemoteProtocolError(ErrorCode.WRONG_PEER, "capacity")
+    check_capacity_untrusted(signed, public_key_from_peer_id(peer_id), now_ms=now_ms())
     capacity = signed.message
-    check_window_untrusted(capacity.issued_at_ms, capacity.expires_at_ms, now_ms=now_ms())
     return PeerView(
         peer_id=peer_id,
         latency_ms=round(latency_ms, 2),

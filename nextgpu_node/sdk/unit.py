@@ -25,6 +25,7 @@ from nextgpu_node.graph.tensors import encode_tensors
 from nextgpu_node.sdk.events import Offered, ReceiptVerified, UnitEvent
 from nextgpu_node.sdk.inbox import Inbox
 from nextgpu_node.sdk.outcome import refusal_untrusted, translated
+from nextgpu_protocol.checks import OwnUnit, check_offer_untrusted, check_receipt_untrusted
 from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
@@ -41,8 +42,6 @@ from nextgpu_protocol.messages import (
     Refusal,
     UnitHeader,
     UnitRequest,
-    check_suite_untrusted,
-    check_window_untrusted,
 )
 from nextgpu_protocol.program import ProgramSpec, encode_program
 from nextgpu_protocol.records import (
@@ -162,7 +161,7 @@ class RemoteUnit:
         request = await self._sign("request", self._make_request(needs, table_version, own_key))
         await self._send(FrameKind.REQUEST, request.data)
         offer = open_envelope_untrusted(Offer, await self._expect(FrameKind.OFFER))
-        self._check_offer_untrusted(offer, request)
+        check_offer_untrusted(offer, request, self._peer_key, now_ms=now_ms())
         ephemeral = KeyPair(os.urandom(32))
         header = await self._sign("header", self._make_header(offer, ephemeral))
         self._transcript = transcript_hash(offer.data, header.data)
@@ -214,20 +213,6 @@ class RemoteUnit:
             chunk_bytes=CHUNK_PLAINTEXT_BYTES,
             issued_at_ms=issued_at_ms,
             expires_at_ms=issued_at_ms + MAX_REQUEST_LIFETIME_MS,
-        )
-
-    def _check_offer_untrusted(self, offer: Signed[Offer], request: Signed[UnitRequest]) -> None:
-        """Only an offer of this very peer, for this very request, may get a key from us."""
-        if offer.signer != self._peer_key:
-            raise RemoteProtocolError(ErrorCode.WRONG_PEER, "the offer")
-        if offer.message.request_hash != request.hash:
-            raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "request_hash")
-        if offer.message.submitter_key != request.signer:
-            raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "submitter_key")
-        check_suite_untrusted(offer.message.suite)
-        _check_amounts_untrusted(offer.message, request.message)
-        check_window_untrusted(
-            offer.message.issued_at_ms, offer.message.expires_at_ms, now_ms=now_ms()
         )
 
     async def _sign(self, name: str, message: _Signable) -> Signed[_Signable]:
@@ -373,28 +358,18 @@ class RemoteUnit:
         return signed.message
 
     def _check_receipt_untrusted(self, signed: Signed[Receipt], inbox: Inbox) -> None:
-        receipt = signed.message
-        if signed.signer != self._peer_key:
-            raise RemoteProtocolError(ErrorCode.WRONG_PEER, "the receipt")
-        if receipt.unit_id != self.unit_id or receipt.transcript_hash != self._transcript:
-            raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "the receipt is for another unit")
-        if receipt.output_hash != self._received.digest():
-            raise RemoteProtocolError(ErrorCode.BAD_SEAL, "the receipt names other results")
         if inbox.summary is not None and not self._opener.finished:
             raise RemoteProtocolError(ErrorCode.TRUNCATED, "no final chunk")
         # A program that stopped early leaves input on the way, which the peer may not have read.
         read_all = inbox.summary is not None and not inbox.summary.stopped_early
-        if read_all and receipt.input_hash != self._sent.digest():
-            raise RemoteProtocolError(ErrorCode.BAD_SEAL, "the receipt names other inputs")
-
-
-def _check_amounts_untrusted(offer: Offer, request: UnitRequest) -> None:
-    """An offer of less than was asked for would end the unit half-way: better not to begin."""
-    for name in ("memory_bytes", "max_seconds", "input_bytes", "output_bytes"):
-        if getattr(offer, name) < getattr(request, name):
-            raise RemoteProtocolError(ErrorCode.OVER_LIMIT, f"the offer's {name}")
-    if request.device_kind not in ("any", offer.device.kind):
-        raise RemoteProtocolError(ErrorCode.NO_SUCH_DEVICE, "the offer's device")
+        unit = OwnUnit(
+            provider_key=self._peer_key,
+            unit_id=self.unit_id,
+            transcript=self._transcript,
+            received=self._received.digest(),
+            sent=self._sent.digest() if read_all else None,
+        )
+        check_receipt_untrusted(signed, unit)
 
 
 async def _connect(units_socket: Path) -> trio.SocketStream:

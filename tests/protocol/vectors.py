@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nextgpu_node.core.admission import ReplayCache, check_freshness
+from nextgpu_protocol.checks import (
+    OwnUnit,
+    check_capacity_untrusted,
+    check_header_untrusted,
+    check_offer_untrusted,
+    check_receipt_untrusted,
+)
 from nextgpu_protocol.codec import decode_message_untrusted
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import Frame, FrameDecoder, FrameKind
+from nextgpu_protocol.ids import PeerKey
 from nextgpu_protocol.messages import (
     Capacity,
     HeldToken,
@@ -92,6 +101,7 @@ def run_vector(vector: Vector) -> tuple[str, Any]:
         "stream": _run_stream,
         "session": _run_session,
         "token": _run_token,
+        "check": _run_check,
         "successions": _run_successions,
     }
     try:
@@ -194,6 +204,35 @@ def _run_token(vector: Vector) -> Any:
     check_within_token_untrusted(chain, dataclasses.replace(REQUEST, **asked))
     hashes = [block.hash.hex() for block in chain.blocks]
     return {"hashes": hashes, "allows": _plain(chain.allows)}
+
+
+def _run_check(vector: Vector) -> Any:
+    given, now_ms = vector.params, vector.params.get("now_ms", 0)
+    signed: Signed[Any] = open_envelope_untrusted(TYPES[given["of"]], vector.input)
+    match given["of"]:
+        case "request":
+            seen = ReplayCache()
+            for digest in given["seen"]:
+                seen.check_and_add(bytes.fromhex(digest), forget_at_ms=now_ms, now_ms=0)
+            check_freshness(signed, PeerKey(_bytes(given["provider_key"])), seen, now_ms=now_ms)
+        case "offer":
+            request = open_envelope_untrusted(UnitRequest, _bytes(given["request"]))
+            check_offer_untrusted(signed, request, _bytes(given["provider_key"]), now_ms=now_ms)
+        case "header":
+            request = open_envelope_untrusted(UnitRequest, _bytes(given["request"]))
+            offer = open_envelope_untrusted(Offer, _bytes(given["offer"]))
+            check_header_untrusted(signed, request, offer, now_ms=now_ms)
+        case "receipt":
+            names = ("provider_key", "unit_id", "transcript", "received", "sent")
+            plain = {name: _bytes(given[name]) for name in names}
+            check_receipt_untrusted(signed, OwnUnit(**plain | {"sent": plain["sent"] or None}))
+        case "capacity":
+            check_capacity_untrusted(signed, _bytes(given["provider_key"]), now_ms=now_ms)
+    return {"signer": signed.signer.hex(), "hash": signed.hash.hex()}
+
+
+def _bytes(text: str) -> bytes:
+    return bytes.fromhex(text)
 
 
 def _run_successions(vector: Vector) -> Any:

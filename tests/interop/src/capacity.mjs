@@ -1,7 +1,7 @@
 // How a provider is found and asked.  Spec: 70-capacity.md
 import { ascii, concat, same, sodium } from "./bytes.mjs";
 import { domain } from "./domain.mjs";
-import { openEnvelope, requireWindow } from "./envelope.mjs";
+import { requireWindow } from "./envelope.mjs";
 import { fail } from "./errors.mjs";
 
 export const BUCKETS_GIB = [0, 1, 4, 8, 12, 16, 24, 40, 80];
@@ -9,11 +9,8 @@ export const BUCKETS_GIB = [0, 1, 4, 8, 12, 16, 24, 40, 80];
 export const capabilityKey = (kind, bucketGib) =>
   sodium.crypto_hash_sha256(concat(domain("capability"), ascii(`${kind}/mem>=${bucketGib}`)));
 
-/** What a provider says of itself, from the one frame of its capacity stream. */
-export function openCapacity([name, body], providerKey, nowMs) {
-  if (name !== "CAPACITY") fail("UNEXPECTED_MESSAGE", name);
-  const { signer, message } = openEnvelope("capacity", body);
+/** What a reader must check in what a provider says of itself. */
+export function checkCapacity({ signer, message }, providerKey, nowMs) {
   if (!same(signer, providerKey)) fail("WRONG_PEER");
   requireWindow(message, nowMs);
-  return message;
 }

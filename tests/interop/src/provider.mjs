@@ -13,11 +13,16 @@ const OFFER_LIFETIME_MS = 30_000;
 
 const DEVICE = { kind: "cpu", name: "interop", memory_total_bytes: 2 ** 30, memory_free_bytes: 2 ** 30, compute_capability: "" };
 
-/** What a provider must check in a REQUEST of its own; who may have it is the owner's matter. */
-export function checkRequest({ message }, ownKey, nowMs) {
+/** Is a request of our suite, for us, in its time, and new? `seen`: hashes of earlier ones. */
+export function checkRequest({ message, hash }, ownKey, seen, nowMs) {
   requireSuite(message);
   if (!same(message.provider_key, ownKey)) fail("WRONG_PEER");
   requireWindow(message, nowMs);
+  if (seen.some((each) => same(each, hash))) fail("REPLAYED");
+}
+
+/** What this provider can not do. */
+function checkNeeds({ message }) {
   if (message.device_kind === "cuda") fail("NO_SUCH_DEVICE");
   if (message.table_version > 1) fail("OLD_TABLE");
 }
@@ -68,7 +73,8 @@ async function admit(link, identity) {
   const body = await link.expect("REQUEST");
   return orSay(link, "REFUSAL", () => {
     const request = openEnvelope("request", body);
-    checkRequest(request, identity.publicKey, Date.now());
+    checkRequest(request, identity.publicKey, [], Date.now()); // one unit only: nothing was seen
+    checkNeeds(request);
     return request;
   });
 }

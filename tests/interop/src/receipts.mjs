@@ -24,16 +24,13 @@ export class DirectionHash {
   }
 }
 
-/** Checks a receipt as a submitter must; `unit` is what the submitter knows of its own unit. */
-export function openReceipt(bytes, unit) {
-  const receipt = openEnvelope("receipt", bytes);
-  const { message } = receipt;
-  if (!same(receipt.signer, unit.providerKey)) fail("WRONG_PEER");
+/** What a submitter must check in a receipt; `unit` is what it knows of its own unit. */
+export function checkReceipt({ signer, message }, unit) {
+  if (!same(signer, unit.providerKey)) fail("WRONG_PEER");
   if (!same(message.unit_id, unit.unitId)) fail("WRONG_OFFER", "unit_id");
   if (!same(message.transcript_hash, unit.th)) fail("WRONG_OFFER", "transcript_hash");
   if (!same(message.output_hash, unit.outputHash)) fail("BAD_SEAL", "output_hash");
   if (unit.wholeInput && !same(message.input_hash, unit.inputHash)) fail("BAD_SEAL", "input_hash");
-  return receipt;
 }
 
 export const sealAck = (unitId, receiptHash, pair) =>

@@ -1,6 +1,6 @@
 // A submitter: borrows, sends a program and its steps, checks the receipt.  Spec: 45-session.md
 import { hex, random, same, sodium } from "./bytes.mjs";
-import { envelopeHash, openEnvelope, requireWindow, sealEnvelope } from "./envelope.mjs";
+import { openEnvelope, requireWindow, sealEnvelope } from "./envelope.mjs";
 import { ProtocolError, codeName, fail } from "./errors.mjs";
 import { peerKey } from "./identity.mjs";
 import { Inbound } from "./inbound.mjs";
@@ -9,7 +9,7 @@ import { Link } from "./link.mjs";
 import { decodeMessage, encodeMessage, requireSuite } from "./messages.mjs";
 import { Outbound } from "./outbound.mjs";
 import { readProgram, scaleAndSum } from "./program.mjs";
-import { openReceipt, sealAck } from "./receipts.mjs";
+import { checkReceipt, sealAck } from "./receipts.mjs";
 import { newPair, submitterKeys, transcriptHash } from "./sealing.mjs";
 import { decodeImage, encodeImage } from "./tensors.mjs";
 
@@ -31,14 +31,16 @@ const makeHeader = (offerHash, ephemeralKey) => ({
   chunk_bytes: LIMITS.CHUNK_PLAINTEXT_BYTES, ...window(60_000),
 });
 
-/** What a submitter must check in an OFFER. */
-export function checkOffer({ signer, message }, { providerKey, requestHash, submitterKey, nowMs }) {
+/** What a submitter must check in an OFFER to its own opened request. */
+export function checkOffer({ signer, message }, request, providerKey, nowMs) {
   if (!same(signer, providerKey)) fail("WRONG_PEER");
-  if (!same(message.request_hash, requestHash)) fail("WRONG_OFFER", "request_hash");
-  if (!same(message.submitter_key, submitterKey)) fail("WRONG_OFFER", "submitter_key");
+  if (!same(message.request_hash, request.hash)) fail("WRONG_OFFER", "request_hash");
+  if (!same(message.submitter_key, request.signer)) fail("WRONG_OFFER", "submitter_key");
   requireSuite(message);
   requireWindow(message, nowMs);
-  for (const [name, asked] of Object.entries(AMOUNTS)) if (message[name] < asked) fail("OVER_LIMIT", name);
+  const asked = request.message;
+  for (const name of Object.keys(AMOUNTS)) if (message[name] < asked[name]) fail("OVER_LIMIT", name);
+  if (!["any", message.device.kind].includes(asked.device_kind)) fail("NO_SUCH_DEVICE");
 }
 
 function raiseRefusal(body) {
@@ -52,8 +54,7 @@ async function takeOffer(link, identity, providerKey) {
   const [name, body] = await link.receive();
   if (name !== "OFFER") raiseRefusal(body);
   const offer = openEnvelope("offer", body);
-  const known = { providerKey, requestHash: envelopeHash(request), submitterKey: identity.publicKey, nowMs: Date.now() };
-  checkOffer(offer, known);
+  checkOffer(offer, openEnvelope("request", request), providerKey, Date.now());
   return offer;
 }
 
@@ -128,7 +129,8 @@ async function submit({ provider, seed, size, steps }) {
   const { keys, unitId, th } = await takeUp(link, identity, offer);
   const [out, inbound, results] = [new Outbound(link, keys.in), new Inbound(keys.out), new Results(size)];
   const [envelope] = await Promise.all([receiveUnit(link, inbound, results), sendUnit(out, { size, steps })]);
-  const receipt = openReceipt(envelope, {
+  const receipt = openEnvelope("receipt", envelope);
+  checkReceipt(receipt, {
     providerKey, unitId, th,
     outputHash: inbound.hashed.digest(), inputHash: out.hashed.digest(),
     wholeInput: results.summary !== null && !results.summary.stopped_early,

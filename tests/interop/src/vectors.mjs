@@ -1,13 +1,16 @@
 // Reads each vector as its kind asks.  Spec: ../vectors/README.md
 import { hex, unhex } from "./bytes.mjs";
+import { checkCapacity } from "./capacity.mjs";
 import { openEnvelope, requireWindow } from "./envelope.mjs";
 import { ProtocolError, fail } from "./errors.mjs";
 import { FrameReader, KINDS } from "./framing.mjs";
 import { decodeMessage, requireSuite } from "./messages.mjs";
-import { DirectionHash } from "./receipts.mjs";
+import { checkHeader, checkRequest } from "./provider.mjs";
+import { DirectionHash, checkReceipt } from "./receipts.mjs";
 import { RecordJoiner, fragments } from "./records.mjs";
 import { StreamOpener, submitterKeys, workerKeys } from "./sealing.mjs";
 import { Session } from "./session.mjs";
+import { checkOffer } from "./submitter.mjs";
 import { predecessors } from "./succession.mjs";
 import { checkToken } from "./tokens.mjs";
 
@@ -88,11 +91,34 @@ function readToken(params, input) {
   return checkToken(input, unhex(params.issuer), request, params.now_ms);
 }
 
+const CHECKS = {
+  request: (opened, known, nowMs) =>
+    checkRequest(opened, unhex(known.provider_key), known.seen.map(unhex), nowMs),
+  offer: (opened, known, nowMs) =>
+    checkOffer(opened, openEnvelope("request", unhex(known.request)), unhex(known.provider_key), nowMs),
+  header: (opened, known, nowMs) => {
+    const request = openEnvelope("request", unhex(known.request));
+    checkHeader(opened, request, openEnvelope("offer", unhex(known.offer)), nowMs);
+  },
+  receipt: (opened, known) => checkReceipt(opened, {
+    providerKey: unhex(known.provider_key), unitId: unhex(known.unit_id), th: unhex(known.transcript),
+    outputHash: unhex(known.received), inputHash: unhex(known.sent), wholeInput: known.sent !== "",
+  }),
+  capacity: (opened, known, nowMs) => checkCapacity(opened, unhex(known.provider_key), nowMs),
+};
+
+function readCheck(params, input) {
+  const opened = openEnvelope(params.of, input);
+  CHECKS[params.of](opened, params, params.now_ms);
+  return { signer: opened.signer, hash: opened.hash };
+}
+
 const READERS = {
   message: (params, input) => decodeMessage(params.type, input),
   envelope: readEnvelope,
   frame: (params, input) => readFrames(input),
   stream: readStream,
+  check: readCheck,
   token: readToken,
   successions: ({ peer }, input) => ({ predecessors: predecessors(input, unhex(peer)) }),
 };
