@@ -54,7 +54,7 @@ def fuzz(name: str, seconds: int) -> None:
     found = WORK / name
     found.mkdir(parents=True, exist_ok=True)
     unpack(name, found)
-    flags = [f"-max_len={MAX_INPUT_BYTES}", f"-artifact_prefix={found}/", "-timeout=20"]
+    flags = [f"-max_len={MAX_INPUT_BYTES}", f"-artifact_prefix={found}/", "-timeout=300"]
     arguments = [sys.argv[0], *flags, f"-max_total_time={seconds}", str(found)]
     change = find_change(name)
     if change is None:

@@ -1680,7 +1680,83 @@ def error_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"45-session.md": ("transitions", transition_table), "errors.md": ("codes", error_table)}
+def block_of_hex(*values: tuple[str, bytes]) -> str:
+    """Names and bytes, 32 to a line."""
+    lines = []
+    for name, data in values:
+        lines.append(f"{name} ({len(data)})")
+        lines += [f"  {data[at : at + 32].hex()}" for at in range(0, len(data), 32)]
+    return "\n".join(["```", *lines, "```"])
+
+
+def field_list(fields: Fields) -> str:
+    """Each field with its encoding inside the message."""
+    values = zip(fields, plain(fields), strict=True)
+    return "\n".join(["```", *(f"{name:22}{pack(value).hex()}" for name, value in values), "```"])
+
+
+def signed_example(type_: str) -> list[str]:
+    signer, fields = SIGNED[type_]
+    payload = pack(plain(fields))
+    data = signer.envelope(type_, payload)
+    head = payload[: len(payload) - sum(len(pack(value)) for value in plain(fields))].hex()
+    heading = f"The {type_}, field by field, behind the array's head `{head}`:"
+    parts = [("signed bytes", domain(type_) + payload), ("envelope", data)]
+    parts.append(("its hash", hash_of("envelope", data)))
+    return [heading, field_list(fields), block_of_hex(*parts)]
+
+
+def key_example() -> str:
+    q = EPHEMERAL.shared(ONE_TIME.public)
+    both = hashlib.blake2b(q + EPHEMERAL.public + ONE_TIME.public, digest_size=64).digest()
+    keys = [(way, stream_keys(way)) for way in ("in", "out")]
+    return block_of_hex(
+        ("esk", EPHEMERAL.secret), ("epk", EPHEMERAL.public),
+        ("osk", ONE_TIME.secret), ("opk", ONE_TIME.public),
+        ("TH", TRANSCRIPT), ("q", q), ("s_out", both[:32]), ("s_in", both[32:]),
+        *((f"K_{way}", each.key) for way, each in keys),
+        *((f"C_{way}", each.commitment) for way, each in keys),
+    )  # fmt: skip
+
+
+def stream_example() -> str:
+    names = ("preamble", "chunk 1", "chunk 2", "chunk 3, FINAL")
+    bodies = sealed(PLAIN_CHUNKS)
+    plain_parts = [(f"plaintext {i + 1}", chunk) for i, chunk in enumerate(PLAIN_CHUNKS)]
+    parts = [*plain_parts, *zip(names, bodies, strict=True), ("frames", framed(bodies))]
+    return block_of_hex(*parts, ("input_hash", ciphertext_hash(*bodies)))
+
+
+RECEIPT_EXAMPLE = """\
+Of a unit whose input was two DATA bodies, `first frame` and `second frame` in ASCII, and which gave
+no output."""
+
+
+def examples() -> str:
+    ids = [("submitter", SUBMITTER.public), ("provider", PROVIDER.public)]
+    lines = ["## Keys of the two nodes", block_of_hex(*ids)]
+    for type_ in ("request", "offer", "header"):
+        lines += [f"## {type_.capitalize()}", *signed_example(type_)]
+    lines += [
+        "## Key schedule",
+        "TH is over the offer's and the header's envelopes above.",
+        key_example(),
+    ]
+    lines += [
+        "## One sealed stream",
+        "To the worker, without padding (the vector `stream-in`).",
+        stream_example(),
+    ]
+    lines += ["## Receipt", RECEIPT_EXAMPLE, *signed_example("receipt")]
+    lines += ["## Ack", *signed_example("ack")]
+    return "\n\n".join(lines)
+
+
+TABLES = {
+    "45-session.md": ("transitions", transition_table),
+    "errors.md": ("codes", error_table),
+    "80-examples.md": ("examples", examples),
+}
 
 
 def with_table(page: str, name: str, table: str) -> str:
