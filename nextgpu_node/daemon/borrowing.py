@@ -17,13 +17,13 @@ import structlog
 import trio
 
 from nextgpu_node.errors import NetworkError, PeerLost
-from nextgpu_node.frames import FrameStream
+from nextgpu_node.frames import FrameStream, widen
 from nextgpu_node.identity import Identity
 from nextgpu_node.p2p.network import Network
 from nextgpu_protocol.codec import decode_message_untrusted, encode_message
 from nextgpu_protocol.envelope import sign_message
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
-from nextgpu_protocol.framing import FrameKind
+from nextgpu_protocol.framing import Frame, FrameKind
 from nextgpu_protocol.ids import peer_id_from_public_key
 from nextgpu_protocol.local import SIGNABLE, Connect, SignDraft
 from nextgpu_protocol.messages import Refusal, UnitHeader
@@ -59,6 +59,7 @@ class Borrowing:
 
     async def serve(self, local_stream: trio.SocketStream) -> None:
         """One submitter's process, until either side is done.  Never raises for what they do."""
+        widen(local_stream.socket)
         local = FrameStream(local_stream)
         try:
             with trio.fail_after(_CONNECT_DEADLINE_S):
@@ -115,21 +116,22 @@ class Borrowing:
             raise failures[0]
 
     async def _to_peer(self, relay: Relay, local: FrameStream) -> None:
-        while (frame := await local.receive_untrusted()) is not None:
-            kind, body = frame
-            if kind is FrameKind.SIGN:
-                await local.send(FrameKind.SIGNED, self._sign_untrusted(relay, body))
-                continue
-            if kind is FrameKind.DATA:
-                relay.input_bytes += len(body)
-            await relay.peer.send(kind, body)
+        while (frames := await local.receive_ready_untrusted()) is not None:
+            passed: list[Frame] = []
+            for kind, body in frames:
+                if kind is FrameKind.SIGN:
+                    await local.send(FrameKind.SIGNED, self._sign_untrusted(relay, body))
+                    continue
+                if kind is FrameKind.DATA:
+                    relay.input_bytes += len(body)
+                passed.append((kind, body))
+            if passed:
+                await relay.peer.send_many(passed)
 
     async def _to_local(self, relay: Relay, local: FrameStream) -> None:
-        while (frame := await relay.peer.receive_untrusted()) is not None:
-            kind, body = frame
-            if kind is FrameKind.DATA:
-                relay.output_bytes += len(body)
-            await local.send(kind, body)
+        while (frames := await relay.peer.receive_ready_untrusted()) is not None:
+            relay.output_bytes += sum(len(b) for kind, b in frames if kind is FrameKind.DATA)
+            await local.send_many(frames)
 
     def _sign_untrusted(self, relay: Relay, body: bytes) -> bytes:
         draft = decode_message_untrusted(SignDraft, body)

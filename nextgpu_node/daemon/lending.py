@@ -33,7 +33,7 @@ from nextgpu_node.store.token_ledger import TokenLedger
 from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
-from nextgpu_protocol.framing import FrameKind
+from nextgpu_protocol.framing import Frame, FrameKind
 from nextgpu_protocol.ids import PeerId, PeerKey
 from nextgpu_protocol.limits import MAX_OFFER_LIFETIME_MS
 from nextgpu_protocol.local import Assignment
@@ -352,36 +352,43 @@ class LentUnit:
         """Peer -> worker, then listen on for a cancel or the end of the connection."""
         assert self._running is not None
         assert self._worker_frames is not None
-        while (frame := await self._frames.receive_untrusted()) is not None:
-            kind, body = frame
-            self._session.received_untrusted(kind)
-            if kind is FrameKind.CANCEL:
-                return core.UnitStopped(self.id, "cancelled", ErrorCode.CANCELLED)
-            if kind is FrameKind.DATA:
-                self._running.inbound.count_untrusted(body, "input")
-            try:
-                await self._worker_frames.send(kind, body)
-            except trio.BrokenResourceError:
-                # The worker is done with its input or gone; its own pump says which.
-                continue
+        while (frames := await self._frames.receive_ready_untrusted()) is not None:
+            for kind, body in frames:
+                self._session.received_untrusted(kind)
+                if kind is FrameKind.CANCEL:
+                    return core.UnitStopped(self.id, "cancelled", ErrorCode.CANCELLED)
+                if kind is FrameKind.DATA:
+                    self._running.inbound.count_untrusted(body, "input")
+            # A worker that is done with its input, or gone, breaks its socket; its own pump says
+            # which.
+            with suppress(trio.BrokenResourceError):
+                await self._worker_frames.send_many(frames)
         return core.UnitStopped(self.id, "submitter_lost", ErrorCode.SUBMITTER_LOST)
 
     async def _pump_out(self) -> core.Event:
         """Worker -> peer, to the worker's END or its end."""
         assert self._running is not None
         assert self._worker_frames is not None
-        while (frame := await self._receive_from_worker()) is not None:
+        while (frames := await self._receive_from_worker()) is not None:
             if self._is_stopping:
                 break
-            kind, body = frame
-            if kind is FrameKind.END:
-                await self._send(FrameKind.END)
+            passed = self._count_output_untrusted(frames)
+            await self._frames.send_many(passed)
+            if passed[-1][0] is FrameKind.END:
                 return core.OutputEnded(self.id)
-            if kind is not FrameKind.DATA:
-                raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "from the worker")
-            self._running.outbound.count_untrusted(body, "output")
-            await self._send(FrameKind.DATA, body)
         return await self._await_exit()
+
+    def _count_output_untrusted(self, frames: list[Frame]) -> list[Frame]:
+        """Those up to the worker's END; what it says after that reaches nobody."""
+        assert self._running is not None
+        for index, (kind, body) in enumerate(frames):
+            if kind not in (FrameKind.DATA, FrameKind.END):
+                raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "from the worker")
+            self._session.sending(kind)
+            if kind is FrameKind.END:
+                return frames[: index + 1]
+            self._running.outbound.count_untrusted(body, "output")
+        return frames
 
     async def _watch_worker(self) -> core.Event:
         """A worker that has ended while its results wait for a submitter that does not read."""
@@ -392,10 +399,10 @@ class LentUnit:
             return core.UnitStopped(self.id, "submitter_lost", ErrorCode.SUBMITTER_LOST)
         return core.WorkerEnded(self.id, status)
 
-    async def _receive_from_worker(self) -> tuple[FrameKind, bytes] | None:
+    async def _receive_from_worker(self) -> list[Frame] | None:
         assert self._worker_frames is not None
         try:
-            return await self._worker_frames.receive_untrusted()
+            return await self._worker_frames.receive_ready_untrusted()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return None
 

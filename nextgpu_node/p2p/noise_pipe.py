@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import trio
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from libp2p.abc import ConnectionType, ISecureConn
 
 MAX_PLAINTEXT_BYTES: Final = 65_519
 _TAG_BYTES: Final = 16
-_RECEIVE_BYTES: Final = 256 * 1024
+_RECEIVE_BYTES: Final = 512 * 1024
+_LAST_COUNT: Final = 2**64 - 1
 
 
 class PipeClosed(Exception):
@@ -25,7 +28,8 @@ class PipeClosed(Exception):
 
 
 class NoisePipe:
-    """Owns the socket below `secured_conn` from now on; nothing else may read or write it."""
+    """Owns the socket and the ciphers below `secured_conn` from now on; nothing else may use
+    them."""
 
     def __init__(self, secured_conn: ISecureConn) -> None:
         session: Any = secured_conn
@@ -34,11 +38,12 @@ class NoisePipe:
         self.connection_type: ConnectionType = raw.get_connection_type()
         self._socket: trio.SocketStream = raw.stream.stream
         self.remote_address = remote_address(self._socket)
-        self._encrypt = transport.noise_state.encrypt
-        self._decrypt = transport.noise_state.decrypt
+        protocol = transport.noise_state.noise_protocol
+        self._sealing = _Cipher(protocol.cipher_state_encrypt)
+        self._opening = _Cipher(protocol.cipher_state_decrypt)
         # What the negotiation of the muxer read past its own end.
         self._early: bytes = session._drain(None)
-        self._ciphertext = bytearray()
+        self._rest = b""
 
     async def receive(self) -> bytes:
         """What one read of the socket completed.  Raises PipeClosed at the end."""
@@ -52,15 +57,13 @@ class NoisePipe:
                 raise PipeClosed("the connection was lost") from exc
             if not data:
                 raise PipeClosed("the peer closed the connection")
-            self._ciphertext += data
-            plaintext = self._open_messages_untrusted()
+            plaintext = self._open_messages_untrusted(self._rest + data if self._rest else data)
             if plaintext:
                 return plaintext
 
-    def _open_messages_untrusted(self) -> bytes:
+    def _open_messages_untrusted(self, data: bytes | bytearray) -> bytes:
         pieces: list[bytes] = []
-        at = 0
-        data = self._ciphertext
+        at, view = 0, memoryview(data)
         while len(data) - at >= 2:
             end = at + 2 + ((data[at] << 8) | data[at + 1])
             if end > len(data):
@@ -68,20 +71,20 @@ class NoisePipe:
             if end - at - 2 < _TAG_BYTES:
                 raise PipeClosed("a Noise message shorter than its tag")
             try:
-                pieces.append(self._decrypt(bytes(data[at + 2 : end])))
-            except Exception as exc:  # the Noise library raises whatever its cipher does
+                pieces.append(self._opening.open(view[at + 2 : end]))
+            except InvalidTag as exc:
                 raise PipeClosed("a Noise message that does not verify") from exc
             at = end
-        del data[:at]
+        self._rest = bytes(view[at:])
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def send(self, frames: Sequence[bytes]) -> None:
+    async def send(self, frames: Sequence[bytes | memoryview]) -> None:
         """Seal `frames` and write them.  Not to be cancelled unless the connection is given up."""
+        plaintext = memoryview(frames[0] if len(frames) == 1 else b"".join(frames))
         sealed: list[bytes] = []
-        for plaintext in _packed(frames):
-            ciphertext = self._encrypt(plaintext)
-            sealed.append(len(ciphertext).to_bytes(2, "big"))
-            sealed.append(ciphertext)
+        for at in range(0, len(plaintext), MAX_PLAINTEXT_BYTES):
+            ciphertext = self._sealing.seal(plaintext[at : at + MAX_PLAINTEXT_BYTES])
+            sealed += (len(ciphertext).to_bytes(2, "big"), ciphertext)
         try:
             await self._socket.send_all(b"".join(sealed))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
@@ -91,6 +94,37 @@ class NoisePipe:
         self._socket.socket.close()
 
 
+class _Cipher:
+    """One direction's key and message counter, taken over from the Noise library.
+
+    Its own calls take `bytes` only and go through three layers for each message.  Noise Protocol
+    Framework section 5.1: the nonce counts messages; section 12.3: ChaChaPoly's is 32 zero bits
+    and the counter, little-endian.
+    """
+
+    def __init__(self, state: Any) -> None:
+        if not isinstance(state.cipher.cipher, ChaCha20Poly1305):
+            raise TypeError("libp2p's Noise is ChaChaPoly")
+        self._aead: ChaCha20Poly1305 = state.cipher.cipher
+        self._count: int = state.n
+        # Two counters for one key would repeat a nonce: the library's is of no use from now on.
+        state.n = _LAST_COUNT
+
+    def seal(self, plaintext: memoryview) -> bytes:
+        return self._aead.encrypt(self._next_nonce(), plaintext, None)
+
+    def open(self, ciphertext: memoryview) -> bytes:
+        """Raises InvalidTag."""
+        return self._aead.decrypt(self._next_nonce(), ciphertext, None)
+
+    def _next_nonce(self) -> bytes:
+        if self._count >= _LAST_COUNT:
+            raise PipeClosed("the connection has used up its message numbers")
+        nonce = bytes(4) + self._count.to_bytes(8, "little")
+        self._count += 1
+        return nonce
+
+
 def remote_address(stream: trio.SocketStream) -> tuple[str, int] | None:
     """IP and port of the other end; libp2p's own helper knows no IPv6."""
     try:
@@ -98,19 +132,3 @@ def remote_address(stream: trio.SocketStream) -> tuple[str, int] | None:
     except OSError:
         return None
     return str(name[0]).partition("%")[0], int(name[1])
-
-
-def _packed(frames: Sequence[bytes]) -> list[bytes]:
-    """`frames` joined to as few Noise plaintexts as possible, without cutting large ones."""
-    packed: list[bytes] = []
-    run: list[bytes] = []
-    run_bytes = 0
-    for frame in frames:
-        if run_bytes + len(frame) > MAX_PLAINTEXT_BYTES and run:
-            packed.append(b"".join(run))
-            run, run_bytes = [], 0
-        run.append(frame)
-        run_bytes += len(frame)
-    if run:
-        packed.append(run[0] if len(run) == 1 else b"".join(run))
-    return packed

@@ -61,10 +61,13 @@ _HEADER = struct.Struct("!BBHII")
 HEADER_BYTES: Final = _HEADER.size
 # The window every yamux stream starts with; both ends assume it.
 INITIAL_WINDOW_BYTES: Final = 256 * 1024
-# With its header this fills one Noise message (65,535 minus a 16-byte tag) exactly.
-MAX_WRITE_BYTES: Final = 65_507
+# A frame is cut into Noise messages below; few large ones cost less than many small ones, and
+# other streams wait no longer than for this.
+MAX_WRITE_BYTES: Final = 256 * 1024
 # What the writer task may hold per connection; beyond it, writers wait for the socket.
-_QUEUE_BYTES: Final = 4 * (MAX_WRITE_BYTES + HEADER_BYTES)
+_QUEUE_BYTES: Final = 2 * (MAX_WRITE_BYTES + HEADER_BYTES)
+# Unread pieces up to this size are joined as they come.
+_SMALL_BYTES: Final = 4096
 # Answers (ACK, RST, PONG, window updates) a peer may make us owe it before we hang up.
 _MAX_OWED_FRAMES: Final = 4096
 # A reader that empties half its window within this time is given a larger one.
@@ -145,13 +148,23 @@ class YamuxStream(IMuxedStream):  # type: ignore[misc]
         return data
 
     def _take(self, n: int) -> bytes:
-        head = self._pieces.popleft()
-        if len(head) > n:
-            self._pieces.appendleft(head[n:])
-            head = head[:n]
-        self._held_bytes -= len(head)
-        self.conn.budget.held_bytes -= len(head)
-        return head
+        """As many whole pieces as fit into `n`, or a part of one."""
+        taken: list[bytes] = []
+        size = 0
+        while self._pieces and size < n:
+            piece = self._pieces[0]
+            if len(piece) <= n - size:
+                taken.append(self._pieces.popleft())
+                size += len(piece)
+            elif taken:
+                break
+            else:
+                self._pieces[0] = piece[n:]
+                taken.append(piece[:n])
+                size = n
+        self._held_bytes -= size
+        self.conn.budget.held_bytes -= size
+        return taken[0] if len(taken) == 1 else b"".join(taken)
 
     def _grant_window(self) -> None:
         """Let the peer send again, once half of the window has been read."""
@@ -171,7 +184,8 @@ class YamuxStream(IMuxedStream):  # type: ignore[misc]
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         """Queue all of `data`, waiting as long as the peer's window and the socket need."""
-        view = memoryview(data)
+        # What can change while it is queued is copied; bytes can not.
+        view = memoryview(data if type(data) is bytes else bytes(data))
         await trio.lowlevel.checkpoint_if_cancelled()
         while len(view):
             if self._is_reset:
@@ -262,7 +276,11 @@ class YamuxStream(IMuxedStream):  # type: ignore[misc]
     def on_piece(self, piece: bytes) -> None:
         if self._is_reset or self._forgotten:
             return
-        self._pieces.append(piece)
+        if self._pieces and len(self._pieces[-1]) + len(piece) <= _SMALL_BYTES:
+            # An object for each byte would cost forty times what the budget counts.
+            self._pieces[-1] += piece
+        else:
+            self._pieces.append(piece)
         self._held_bytes += len(piece)
         self.conn.budget.held_bytes += len(piece)
         if self.conn.budget.is_spent:
@@ -343,7 +361,7 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
         self._accepted, self._accept = trio.open_memory_channel[YamuxStream](
             limits.max_inbound_streams
         )
-        self._in_order: deque[bytes] = deque()
+        self._in_order: deque[bytes | memoryview] = deque()
         self._ahead: deque[bytes] = deque()
         self._queued_bytes = 0
         self._owed_frames = 0
@@ -488,10 +506,10 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
         self._enqueue_in_order(_HEADER.pack(0, kind, flags, stream_id, length))
 
     def post_data(self, stream_id: int, payload: memoryview) -> None:
-        header = _HEADER.pack(0, DATA, 0, stream_id, len(payload))
-        self._enqueue_in_order(b"".join((header, payload)))
+        self._enqueue_in_order(_HEADER.pack(0, DATA, 0, stream_id, len(payload)))
+        self._enqueue_in_order(payload)
 
-    def _enqueue_in_order(self, frame: bytes) -> None:
+    def _enqueue_in_order(self, frame: bytes | memoryview) -> None:
         if not self._ending:
             self._in_order.append(frame)
             self._queued_bytes += len(frame)
@@ -506,7 +524,7 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
     async def _write_frames(self) -> None:
         while True:
             if self._ahead:
-                batch = list(self._ahead)
+                batch: list[bytes | memoryview] = list(self._ahead)
                 self._ahead.clear()
             elif self._in_order:
                 batch = list(self._in_order)

@@ -22,6 +22,7 @@ import structlog
 import trio
 
 from nextgpu_node.errors import SandboxError
+from nextgpu_node.frames import widen
 from nextgpu_node.sandbox import cgroups, control, wipe
 from nextgpu_node.sandbox.policy import (
     HostLayout,
@@ -231,6 +232,8 @@ class Launcher:
         fds: list[int] = []
         try:
             ours, theirs = socket.socketpair()
+            widen(ours)
+            widen(theirs)
             fds.append(theirs.detach())
             slot.stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
             if slot.group is not None:

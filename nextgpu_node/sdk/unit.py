@@ -20,7 +20,7 @@ import trio
 from nextgpu_node.api_types import PeerView
 from nextgpu_node.clock import now_ms
 from nextgpu_node.errors import DaemonUnreachable, IntegrityError, PeerLost
-from nextgpu_node.frames import FrameStream
+from nextgpu_node.frames import FrameStream, widen
 from nextgpu_node.graph.tensors import encode_tensors
 from nextgpu_node.sdk.events import Offered, ReceiptVerified, UnitEvent
 from nextgpu_node.sdk.inbox import Inbox
@@ -374,6 +374,8 @@ class RemoteUnit:
 
 async def _connect(units_socket: Path) -> trio.SocketStream:
     try:
-        return await trio.open_unix_socket(str(units_socket))
+        stream = await trio.open_unix_socket(str(units_socket))
     except OSError as exc:
         raise DaemonUnreachable from exc
+    widen(stream.socket)
+    return stream

@@ -9,7 +9,8 @@ a direction is complete only after its END frame.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 
 from nextgpu_protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
@@ -45,6 +46,7 @@ HEAD_BYTES = _HEAD.size
 _KINDS = {int(kind): kind for kind in FrameKind}
 
 Frame = tuple[FrameKind, bytes]
+_MANY_PIECES = 64
 
 
 def frame_header(kind: FrameKind, body_bytes: int) -> bytes:
@@ -59,6 +61,14 @@ def encode_frame(kind: FrameKind, body: bytes = b"") -> bytes:
     return frame_header(kind, len(body)) + body
 
 
+def encode_frames(frames: Iterable[Frame]) -> bytes:
+    """Whole frames, one behind the other: one write for many."""
+    pieces: list[bytes] = []
+    for kind, body in frames:
+        pieces += (frame_header(kind, len(body)), body)
+    return b"".join(pieces)
+
+
 class FrameDecoder:
     """Cuts fed bytes into frames; holds at most one frame and what was fed last.
 
@@ -67,33 +77,62 @@ class FrameDecoder:
     """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        # What was fed, as it came: a body is copied once, when all of it is here.
+        self._pieces: deque[memoryview] = deque()
+        self._held = 0
+        self._head: tuple[FrameKind, int] | None = None
+        self._refusal: RemoteProtocolError | None = None
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        self._buffer += data
+        if data:
+            # A buffer that can change belongs to its owner: the bytes are ours only when copied.
+            self._pieces.append(memoryview(data if type(data) is bytes else bytes(data)))
+            self._held += len(data)
+            if len(self._pieces) > _MANY_PIECES:
+                # Byte by byte, a frame would weigh two hundred times its size.
+                joined = b"".join(self._pieces)
+                self._pieces = deque([memoryview(joined)])
 
     @property
     def mid_frame(self) -> bool:
         """True while an incomplete frame is held: an end-of-file now is a truncation."""
-        return bool(self._buffer)
+        return bool(self._held) or self._head is not None
 
     def __iter__(self) -> Iterator[Frame]:
-        start = 0
-        buffer = self._buffer
+        while True:
+            if self._head is None:
+                if self._held < HEAD_BYTES and self._refusal is None:
+                    return
+                self._head = self._read_head_untrusted()
+            kind, body_bytes = self._head
+            if self._held < body_bytes:
+                return
+            self._head = None
+            yield kind, self._take(body_bytes)
+
+    def _read_head_untrusted(self) -> tuple[FrameKind, int]:
+        if self._refusal is not None:
+            raise self._refusal
+        length, kind_byte = _HEAD.unpack(self._take(HEAD_BYTES))
         try:
-            while len(buffer) - start >= HEAD_BYTES:
-                length, kind_byte = _HEAD.unpack_from(buffer, start)
-                kind = _check_head_untrusted(length, kind_byte)
-                end = start + HEAD_BYTES - 1 + length
-                if len(buffer) < end:
-                    break
-                with memoryview(buffer) as view:
-                    body = bytes(view[start + HEAD_BYTES : end])
-                start = end
-                yield kind, body
-        finally:
-            if start:
-                del buffer[:start]
+            return _check_head_untrusted(length, kind_byte), length - 1
+        except RemoteProtocolError as exc:
+            # Nothing behind a bad head can be told apart, now or later.
+            self._refusal = exc
+            raise
+
+    def _take(self, size: int) -> bytes:
+        """The first `size` bytes that are held."""
+        self._held -= size
+        taken: list[memoryview] = []
+        while size:
+            piece = self._pieces.popleft()
+            if len(piece) > size:
+                self._pieces.appendleft(piece[size:])
+                piece = piece[:size]
+            taken.append(piece)
+            size -= len(piece)
+        return b"".join(taken)
 
 
 def _check_head_untrusted(length: int, kind_byte: int) -> FrameKind:
