@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ from nextgpu_node.cli.progress import Progress
 from nextgpu_node.cli.sizes import gigabytes, size
 from nextgpu_node.cli.tokens import load_token
 from nextgpu_node.config import load_config
-from nextgpu_node.errors import JobFailed, UsageError
+from nextgpu_node.errors import JobFailed, NextGPUError, UsageError
 from nextgpu_node.sdk.client import open_client
 from nextgpu_node.sdk.events import (
     Checkpoint,
@@ -40,6 +40,7 @@ from nextgpu_protocol.records import UnitSummary
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nextgpu_node.cli.checkpoints import CheckpointFile, Interval, Resumed
     from nextgpu_node.cli.inputs import StepInputs
     from nextgpu_node.graph.artifact import Program
 
@@ -69,6 +70,15 @@ async def run(
     ] = False,
     steps: Annotated[int | None, Parameter(help="So many steps.")] = None,
     receipt: Annotated[Path | None, Parameter(help="Save the receipt, in JSON.")] = None,
+    checkpoint_out: Annotated[
+        Path | None, Parameter(help="Keep the program's state here, the latest one, whole.")
+    ] = None,
+    checkpoint_every: Annotated[
+        str | None, Parameter(help="How often: 30s, 5m, 100steps. Without: at the end.")
+    ] = None,
+    resume_from: Annotated[
+        Path | None, Parameter(help="Go on from such a file, with the steps that are left.")
+    ] = None,
     force: Annotated[bool, Parameter(negative="", help="Replace existing files.")] = False,
     quiet: Annotated[bool, Parameter(negative="", help="No progress on stderr.")] = False,
     ctx: Ctx,
@@ -80,6 +90,8 @@ async def run(
     """
     for file in (output, *([receipt] if receipt else [])):
         check_writable(file, force=force)
+    if checkpoint_every is not None and checkpoint_out is None:
+        raise UsageError("--checkpoint-every needs a file for the checkpoints: --checkpoint-out.")
     needs = _needs(ctx, kind, vram, memory, max_seconds, peer)
     if token is not None:
         needs = replace(needs, token=load_token(token)[0])
@@ -87,14 +99,59 @@ async def run(
 
     loaded = load_program(program)
     inputs = prepare_steps(loaded.spec, input_, steps_axis=steps_axis, steps=steps)
+    state = _State.of(loaded, checkpoint_out, checkpoint_every, resume_from, force=force)
+    inputs = state.since.rest_of(inputs)
     with Progress(ctx.out, quiet=quiet) as progress:
         progress.enter("queued", "looking for a peer")
-        unit = _UnitRun(progress, inputs.count, receipt, force=force)
-        await _drive(ctx, loaded, inputs, needs, unit)
+        unit = _UnitRun(progress, inputs.count, receipt, state.file, force=force)
+        try:
+            await _drive(ctx, loaded, inputs, needs, unit, state)
+        except NextGPUError:
+            state.tell_how_to_go_on(ctx)
+            raise
         write_whole(output, _image(unit.results, stack=steps_axis), force=force)
         progress.enter("done", str(output))
     _report(ctx, unit, progress, output)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What the run begins from, and where its own state is kept."""
+
+    since: Resumed
+    file: CheckpointFile | None
+    every: Interval
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        out: Path | None,
+        every: str | None,
+        resume_from: Path | None,
+        *,
+        force: bool,
+    ) -> _State:
+        from nextgpu_node.cli import checkpoints
+
+        since, file = checkpoints.Resumed(), None
+        if (out or resume_from) and not program.spec.carry:
+            raise UsageError("This program keeps no state from step to step: no checkpoints.")
+        if resume_from is not None:
+            since = checkpoints.load_checkpoint(resume_from, program.spec)
+        if out is not None:
+            checkpoints.check_checkpoint_out(out, resume_from, force=force)
+            file = checkpoints.CheckpointFile(out, program.spec, since)
+        interval = checkpoints.Interval() if every is None else checkpoints.parse_interval(every)
+        return cls(since, file, interval)
+
+    def tell_how_to_go_on(self, ctx: Context) -> None:
+        if self.file is not None and self.file.steps is not None:
+            ctx.out.note(
+                f"{self.file.path} holds the state after {self.file.steps} steps. "
+                f"Go on with --resume-from {self.file.path}."
+            )
 
 
 def demo(*, ctx: Ctx) -> int:
@@ -146,11 +203,18 @@ class _UnitRun:
     """What is known of the unit so far; `take` moves the progress with each event."""
 
     def __init__(
-        self, progress: Progress, steps: int, receipt_file: Path | None, *, force: bool
+        self,
+        progress: Progress,
+        steps: int,
+        receipt_file: Path | None,
+        checkpoint_file: CheckpointFile | None,
+        *,
+        force: bool,
     ) -> None:
         self._progress = progress
         self._steps = steps
         self._receipt_file = receipt_file
+        self._checkpoint_file = checkpoint_file
         self._force = force
         self.peer: PeerView | None = None
         self.offer: Offer | None = None
@@ -174,7 +238,9 @@ class _UnitRun:
             case StepResult(tensors=tensors):
                 self.results.append(tensors)
                 self._result_arrived()
-            case Checkpoint(steps=steps):
+            case Checkpoint(steps=steps, carry=carry):
+                if self._checkpoint_file is not None:
+                    self._checkpoint_file.write(steps, carry)
                 self._progress.advance(f"checkpoint after {steps} steps")
             case Finished(summary=summary):
                 self.summary = summary
@@ -200,12 +266,25 @@ class _UnitRun:
 
 
 async def _drive(
-    ctx: Context, program: Program, inputs: StepInputs, needs: Needs, unit: _UnitRun
+    ctx: Context,
+    program: Program,
+    inputs: StepInputs,
+    needs: Needs,
+    unit: _UnitRun,
+    state: _State,
 ) -> None:
     """Run the unit to its verified end; anything else raises."""
     async with (
         open_client(ctx.paths) as client,
-        client.run(program, inputs, needs) as events,
+        client.run(
+            program,
+            inputs,
+            needs,
+            carry=state.since.carry,
+            return_carry=state.file is not None,
+            checkpoint_ms=state.every.ms,
+            checkpoint_steps=state.every.steps,
+        ) as events,
     ):
         async for event in events:
             unit.take(event)
