@@ -4,6 +4,7 @@
     transfer    64 and 512 MiB out and back, beside plain TCP and the sealing primitive
     idle        a daemon at rest: memory, processor time, and that torch is not loaded
     demo        the phases of scripts/demo
+    programs    steps of five models beside eager torch in the same process
     submit      an Executor beside Dask with TLS and Ray (bench_submit.py)
 
 Every figure of one run is taken on the same machine in the same minutes: read the ratios.
@@ -41,6 +42,7 @@ from nextgpu_protocol.limits import CHUNK_PLAINTEXT_BYTES, MIB  # noqa: E402
 from nextgpu_protocol.sealing import KeyPair, Opener, Sealer  # noqa: E402
 from tests.support.nodes import Trio, network_of_three  # noqa: E402
 
+NAMES = ("roundtrip", "transfer", "idle", "demo", "submit", "programs")
 FRESH_UNITS = 40
 CALLS = 1000
 IDLE_S = 30
@@ -332,12 +334,16 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("name", choices=("roundtrip", "transfer", "idle", "demo", "submit"))
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.name == "demo":
         figures = demo()
+    elif arguments.name == "programs":
+        from scripts.bench_programs import programs
+
+        figures = programs()
     elif arguments.name == "submit":
         from scripts.bench_submit import submit
 

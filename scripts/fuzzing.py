@@ -60,7 +60,9 @@ def fuzz(name: str, seconds: int) -> None:
     if change is None:
         atheris.Setup(arguments, target)
     else:
-        atheris.Setup(arguments, target, custom_mutator=mostly(change, atheris.Mutate))
+        # Looked up late: atheris puts another Mutate in place when it starts.
+        mutate = mostly(change, lambda data, size: atheris.Mutate(data, size))  # noqa: PLW0108
+        atheris.Setup(arguments, target, custom_mutator=mutate)
     atheris.Fuzz()
 
 
