@@ -9,14 +9,15 @@ when the machine is made, shapes and memory when the first step of each shape ar
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from nextgpu_node.graph.link import LinkedGraph, link_graph_untrusted
 from nextgpu_node.graph.optable import TABLE_VERSION
-from nextgpu_node.graph.plan import Plan, make_plan_untrusted, shape_only
+from nextgpu_node.graph.plan import Plan, failure, make_plan_untrusted, shape_only
 from nextgpu_node.graph.tensors import DTYPE_NAMES, TORCH_DTYPES, SymbolBinding
 from nextgpu_protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from nextgpu_protocol.program import Graph, ProgramSpec, TensorSpec
@@ -90,7 +91,9 @@ class Machine:
             raise RemoteProtocolError(ErrorCode.BAD_PROGRAM, "graphs.init: the program has none")
         plan = self._plan_once(self._init, self._base()[: len(self.spec.constants)])
         _check_results("init", self.spec.carry, plan.results, {})
-        self._carry = [_own(tensor) for tensor in self._run(plan, [*self._loaded_constants()])]
+        outputs = self._run(plan, [*self._loaded_constants()])
+        with _failing_as("graphs.init.outputs"):
+            self._carry = [_own(tensor) for tensor in outputs]
 
     def step(self, xs: Mapping[str, torch.Tensor]) -> StepOutcome:
         """One step on `xs`, which holds exactly the program's inputs.
@@ -109,11 +112,11 @@ class Machine:
         outputs = self._run(plan, inputs)
         self._steps += 1
         count = len(self.spec.carry)
-        self._carry = [_own(tensor) for tensor in outputs[:count]]
+        with _failing_as("graphs.step.outputs"):
+            self._carry = [_own(tensor) for tensor in outputs[:count]]
+            stop = self.spec.stop is not None and bool(outputs[count + self.spec.stop].item())
         names = (spec.name for spec in self.spec.ys)
-        ys = dict(zip(names, outputs[count:], strict=True))
-        stop = self.spec.stop is not None and bool(outputs[count + self.spec.stop].item())
-        return StepOutcome(ys, stop)
+        return StepOutcome(dict(zip(names, outputs[count:], strict=True)), stop)
 
     def carry(self) -> dict[str, torch.Tensor]:
         """The state after the last step, by name."""
@@ -150,7 +153,8 @@ class Machine:
                 detail = f"{spec.name}: {spec.dtype} is declared, {tensor.dtype} came"
                 raise RemoteProtocolError(ErrorCode.BAD_TENSORS, detail)
             binding.match_untrusted(spec, tensor.shape)
-            accepted.append(tensor.detach().to(self._device).contiguous())
+            with _failing_as(spec.name):
+                accepted.append(tensor.detach().to(self._device).contiguous())
         return accepted
 
     def _check_ranges(self, sizes: Mapping[str, int]) -> None:
@@ -206,7 +210,21 @@ class Machine:
 
     def _run(self, plan: Plan, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         with torch.inference_mode():
-            return plan.run(inputs)
+            outputs = plan.run(inputs)
+            if self._device.type == "cuda":
+                # Kernels fail when they run, not when they are called: no later than here.
+                with _failing_as(f"graphs.{plan.graph.role}"):
+                    torch.cuda.synchronize(self._device)
+            return outputs
+
+
+@contextmanager
+def _failing_as(where: str) -> Iterator[None]:
+    """Any error of torch inside ends as the unit's own, without what torch says of it."""
+    try:
+        yield
+    except Exception as exc:
+        raise failure(where, exc) from None
 
 
 def _link_optional(role: str, graph: Graph | None, inputs: int) -> LinkedGraph | None:

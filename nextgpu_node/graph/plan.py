@@ -109,7 +109,7 @@ class Plan:
                 # Else the last result would outlive its last reader by one call.
                 result = None
         except Exception as exc:
-            _kernel_failed(self.graph.calls[number], exc)
+            raise failure(self.graph.calls[number].where, exc) from None
         return [values[value] for value in self.graph.outputs]
 
 
@@ -119,13 +119,13 @@ def _spread(values: list[Any], outputs: Sequence[int | None], result: Sequence[A
             values[value] = item
 
 
-def _kernel_failed(call: Call, exc: Exception) -> NoReturn:
-    """Only the exception's type goes on: kernels may put values into their messages."""
+def failure(where: str, exc: Exception) -> RemoteProtocolError:
+    """What may be said of `exc`: its type only, for kernels put values into their messages."""
     out_of_memory = isinstance(exc, (MemoryError, torch.OutOfMemoryError)) or (
         "can't allocate memory" in str(exc)
     )
     code = ErrorCode.OUT_OF_MEMORY if out_of_memory else ErrorCode.STEP_FAILED
-    raise RemoteProtocolError(code, f"{call.where}: {type(exc).__name__}") from None
+    return RemoteProtocolError(code, f"{where}: {type(exc).__name__}")
 
 
 def make_plan_untrusted(

@@ -355,3 +355,51 @@ def test_memory_formats_reach_the_kernel():
     machine = Machine(spec, device="cpu", max_live_bytes=MEGABYTE)
     result = machine.step({"x": torch.randn(1, 2, 3, 4)}).ys["x"]
     assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (RuntimeError("the secret is 42"), ErrorCode.STEP_FAILED),
+        (ZeroDivisionError("42"), ErrorCode.STEP_FAILED),
+        (MemoryError("42"), ErrorCode.OUT_OF_MEMORY),
+        (torch.OutOfMemoryError("42"), ErrorCode.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 42"), ErrorCode.OUT_OF_MEMORY),
+    ],
+)
+def test_whatever_a_kernel_raises_names_the_node_and_no_value(monkeypatch, raised, code):
+    def failing(*args):
+        raise raised
+
+    monkeypatch.setattr(plan, "_function", lambda row: failing)
+    error = refusal(program(node("aten.relu.default", x)))
+    assert error.code is code
+    assert error.detail == f"graphs.step.nodes[0] aten.relu.default: {type(raised).__name__}"
+    assert error.__cause__ is None
+    assert error.__suppress_context__
+
+
+def test_what_fails_outside_of_the_kernels_names_its_place(monkeypatch):
+    machine = Machine(program(node("aten.relu.default", x)), device="cpu", max_live_bytes=MEGABYTE)
+
+    class Lost(torch.Tensor):
+        def detach(self):
+            raise torch.OutOfMemoryError("42")
+
+    with pytest.raises(RemoteProtocolError) as caught:
+        machine.step({"x": torch.ones(4, 6).as_subclass(Lost)})
+    assert caught.value.code is ErrorCode.OUT_OF_MEMORY
+    assert caught.value.detail == "x: OutOfMemoryError"
+
+
+def test_the_carry_is_let_go_as_it_is_read():
+    """A state of ten parts, each replaced in turn: never all of both are alive."""
+    parts = [TensorSpec(f"p{at}", "float32", (250, 100)) for at in range(10)]
+    negations = [node("aten.neg.default", Ref(at)) for at in range(10)]
+    spec = program(*negations, xs=(), ys=(), carry=tuple(parts), outputs=tuple(range(10, 20)))
+    machine = Machine(spec, device="cpu", max_live_bytes=100 * MEGABYTE)
+    machine.load_carry({part.name: torch.ones(250, 100) for part in parts})
+    machine.step({})
+    assert machine.peak_bytes == 11 * parts[0].nbytes()
+    machine.step({})
+    assert torch.equal(machine.carry()["p3"], torch.ones(250, 100))
