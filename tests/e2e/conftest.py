@@ -30,6 +30,21 @@ def nodes() -> Iterator[Trio]:
         yield trio
 
 
+@pytest.fixture(scope="session")
+def tokens_only() -> Iterator[Trio]:
+    """A provider that serves those with a token, and takes large units."""
+    settings = {
+        "sharing.serve": "tokens",
+        "sharing.max_concurrent_units": "2",
+        "sharing.max_memory": "4 GiB",
+        "sharing.max_input": "4 GiB",
+        "sharing.max_output": "4 GiB",
+        "sharing.max_unit_seconds": "600",
+    }
+    with network_of_three(settings) as nodes:
+        yield nodes
+
+
 @pytest.fixture
 async def peer(nodes: Trio) -> AsyncIterator[RawPeer]:
     """A hand-driven submitter; afterwards the provider must be idle again, and serving."""

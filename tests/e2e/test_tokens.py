@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,15 +29,7 @@ from nextgpu_protocol.ids import public_key_from_peer_id
 from nextgpu_protocol.limits import GIB
 from nextgpu_protocol.messages import HeldToken
 from nextgpu_protocol.tokens import attenuate_token, format_token, parse_token_untrusted
-from tests.support.nodes import Trio, has_peer, network_of_three
-
-
-@pytest.fixture(scope="module")
-def tokens_only() -> Iterator[Trio]:
-    """A provider that serves those with a token."""
-    settings = {"sharing.serve": "tokens", "sharing.max_concurrent_units": "2"}
-    with network_of_three(settings) as nodes:
-        yield nodes
+from tests.support.nodes import Trio, has_peer
 
 
 async def invite(nodes: Trio, seconds: int) -> HeldToken:
