@@ -63,7 +63,7 @@ HEADER_BYTES: Final = _HEADER.size
 INITIAL_WINDOW_BYTES: Final = 256 * 1024
 # A frame is cut into Noise messages below; few large ones cost less than many small ones, and
 # other streams wait no longer than for this.
-MAX_WRITE_BYTES: Final = 256 * 1024
+MAX_WRITE_BYTES: Final = 272 * 1024
 # What the writer task may hold per connection; beyond it, writers wait for the socket.
 _QUEUE_BYTES: Final = 2 * (MAX_WRITE_BYTES + HEADER_BYTES)
 # Unread pieces up to this size are joined as they come.

@@ -275,10 +275,9 @@ class RemoteUnit:
             await self._send_data(self._sealer.seal(chunk))
 
     async def _flush(self, *, final: bool) -> None:
-        chunks = list(self._writer.flush())
-        for chunk in chunks[:-1]:
-            await self._send_data(self._sealer.seal(chunk))
-        await self._send_data(self._sealer.seal(chunks[-1], final=final))
+        # One by one: behind gigabytes, padding alone has up to a thirty-second of them.
+        for chunk, is_last in self._writer.flush_marked():
+            await self._send_data(self._sealer.seal(chunk, final=final and is_last))
 
     async def _send_data(self, body: bytes) -> None:
         if self._session.state in _INPUT_IS_OVER:

@@ -52,10 +52,8 @@ class Outbox:
         self._end()
 
     def _end(self) -> None:
-        *full, last = self._writer.flush()
-        for chunk in full:
-            self._send(chunk)
-        self._channel.send(FrameKind.DATA, self._sealer.seal(last, final=True))
+        for chunk, is_last in self._writer.flush_marked():
+            self._channel.send(FrameKind.DATA, self._sealer.seal(chunk, final=is_last))
         self._channel.send(FrameKind.END)
 
     def _send(self, chunk: bytes) -> None:

@@ -106,6 +106,15 @@ class RecordWriter:
         yield self._take(missing)
         self._since_flush = 0
 
+    def flush_marked(self) -> Iterator[tuple[bytes, bool]]:
+        """As `flush`, each chunk with whether it is the last."""
+        chunks = self.flush()
+        chunk = next(chunks)
+        for following in chunks:
+            yield chunk, False
+            chunk = following
+        yield chunk, True
+
     @property
     def _room(self) -> int:
         return CHUNK_PLAINTEXT_BYTES - self._used
