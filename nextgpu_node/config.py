@@ -270,6 +270,8 @@ class SharingConfig:
     serve: Literal["allow", "tokens", "everyone"] = _setting(
         "allow", Choice(("allow", "tokens", "everyone"))
     )
+    # By name only: there is no value that means everyone.
+    python_allow: tuple[str, ...] = _setting((), _PEER_IDS)
     minimum_isolation: Literal["A", "B", "C"] = _setting("A", Choice(("A", "B", "C")))
     max_concurrent_units: int = _setting(1, Whole(1, 64))
     max_unit_seconds: int = _setting(600, _UNIT_SECONDS)

@@ -177,6 +177,7 @@ REQUEST: Fields = {
     "issued_at_ms": NOW_MS,
     "expires_at_ms": NOW_MS + 60_000,
     "token": b"",
+    "kind": "program",
 }
 REQUEST_ENVELOPE = SUBMITTER.envelope("request", pack(plain(REQUEST)))
 OFFER: Fields = {
@@ -496,6 +497,7 @@ def fields_of_another_size() -> Iterator[Vector]:
 def values_out_of_their_set() -> Iterator[Vector]:
     cases = [
         ("request", "device_kind", "gpu"),
+        ("request", "kind", "shell"),
         ("receipt", "status", "finished"),
         ("offer", "device", DEVICE | {"kind": "any"}),
         ("offer", "device", DEVICE | {"extra": 1}),
@@ -1036,6 +1038,7 @@ class Sealing:
 
 RECORDS = {"MANIFEST": 1, "PROGRAM": 2, "CONSTANTS": 3, "CARRY": 4, "STEP": 5}
 RECORDS |= {"STARTED": 16, "RESULT": 17, "CHECKPOINT": 18, "DONE": 19, "FAILED": 20, "FINAL": 21}
+RECORDS |= {"CALL": 6, "LOG": 22, "VALUE": 23, "FILE": 24}
 
 
 def record(kind: str, body: bytes = b"", flags: int = 0) -> bytes:

@@ -48,8 +48,10 @@ if TYPE_CHECKING:
 async def run(
     program: Annotated[Path, Parameter(name="PROGRAM")],
     /,
-    *,
-    output: Annotated[Path, Parameter(help="Results, in safetensors.")],
+    *arguments: Annotated[str, Parameter(name="ARGS", help="Of a script, behind --.")],
+    output: Annotated[
+        Path, Parameter(help="Results, in safetensors; of a script a new directory.")
+    ],
     input_: Annotated[
         Path | None, Parameter(name="--input", help="Inputs by name, in safetensors.")
     ] = None,
@@ -83,18 +85,24 @@ async def run(
     quiet: Annotated[bool, Parameter(negative="", help="No progress on stderr.")] = False,
     ctx: Ctx,
 ) -> int:
-    """Run a program on a peer's device.
+    """Run a program, or a script of yours, on a peer's device.
 
     Sealed from here to the worker process that runs it.  Results are written only when all of
     them are here and the peer's signed receipt for them is verified.
     """
+    needs = _needs(ctx, kind, vram, memory, max_seconds, peer)
+    if token is not None:
+        needs = replace(needs, token=load_token(token)[0])
+    if program.suffix == ".py":
+        from nextgpu_node.cli.scripts import run_script
+
+        return await run_script(ctx, program, output, needs, arguments)
+    if arguments:
+        raise UsageError("Only scripts (.py) take arguments.")
     for file in (output, *([receipt] if receipt else [])):
         check_writable(file, force=force)
     if checkpoint_every is not None and checkpoint_out is None:
         raise UsageError("--checkpoint-every needs a file for the checkpoints: --checkpoint-out.")
-    needs = _needs(ctx, kind, vram, memory, max_seconds, peer)
-    if token is not None:
-        needs = replace(needs, token=load_token(token)[0])
     from nextgpu_node.cli.inputs import load_program, prepare_steps
 
     loaded = load_program(program)

@@ -45,6 +45,8 @@ class OwnerPolicy:
     allow: frozenset[PeerId] = frozenset()
     deny: frozenset[PeerId] = frozenset()
     serve: str = "allow"
+    # Whose Python may run here.  There is no "everyone", on purpose.
+    python_allow: frozenset[PeerId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,9 @@ def check_policy(
     check_not_denied(names, policy)
     if not _is_served(names, policy, has_token=token is not None):
         raise RemoteProtocolError(ErrorCode.NOT_ALLOWED)
+    # A token opens the door for programs, never for code: that takes the submitter's name.
+    if request.message.kind == "python" and not names.ids & policy.python_allow:
+        raise RemoteProtocolError(ErrorCode.PYTHON_NOT_ALLOWED)
     if not policy.sharing:
         raise RemoteProtocolError(ErrorCode.NOT_SHARING, policy.reason)
     _check_device(request.message, policy)

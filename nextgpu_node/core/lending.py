@@ -165,6 +165,7 @@ class SpawnWorker:
     """Take a fresh worker under these limits -> WorkerReady or WorkerFailedToStart."""
 
     grant: Grant
+    kind: str = "program"  # UnitRequest.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +318,7 @@ class Lending:
         except RemoteProtocolError as exc:
             return [Refuse(exc.code, exc.detail)]
         self._units[event.session] = unit
-        return [SpawnWorker(unit.grant)]
+        return [SpawnWorker(unit.grant, unit.request.message.kind)]
 
     def _admit(
         self, request: Signed[UnitRequest], former_keys: frozenset[PeerKey], now_ms: int

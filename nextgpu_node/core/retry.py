@@ -33,6 +33,7 @@ _PASSING: Final = frozenset(
 _LASTING: Final = frozenset(
     {
         ErrorCode.NOT_ALLOWED,
+        ErrorCode.PYTHON_NOT_ALLOWED,
         ErrorCode.OVER_LIMIT,
         ErrorCode.NO_SUCH_DEVICE,
         ErrorCode.OLD_TABLE,

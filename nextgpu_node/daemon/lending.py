@@ -102,13 +102,16 @@ class LentUnit:
         identity: Identity,
         ledger: TokenLedger,
         former_keys: Callable[[Signed[UnitRequest]], Awaitable[frozenset[PeerKey]]],
+        take_python_worker: Callable[[int], Awaitable[tuple[Worker, str]]] | None = None,
     ) -> None:
+        """`take_python_worker` gives the runtime too: it is another process than the others."""
         self.id = session_id
         self._stream = stream
         self._sender = sender
         self._frames = FrameStream(stream)
         self._decider = decider
         self._take_from_pool = take_worker
+        self._take_python_worker = take_python_worker
         self._runtime = runtime
         self._identity = identity
         self._ledger = ledger
@@ -189,8 +192,8 @@ class LentUnit:
         match effect:
             case core.Refuse(code, detail):
                 await self._say_no(FrameKind.REFUSAL, code, detail)
-            case core.SpawnWorker(grant):
-                return await self._take_worker(grant)
+            case core.SpawnWorker(grant, unit_kind):
+                return await self._take_worker(grant, unit_kind)
             case core.SendOffer(request, grant):
                 return await self._send_offer(request, grant, nursery)
             case core.SaveReservation(reservation):
@@ -228,9 +231,14 @@ class LentUnit:
                 raise
         raise RemoteProtocolError(ErrorCode.TIMED_OUT, "no request came")
 
-    async def _take_worker(self, grant: Grant) -> core.Event:
+    async def _take_worker(self, grant: Grant, kind: str) -> core.Event:
         try:
-            self._worker = await self._take_from_pool(grant.memory_bytes)
+            if kind == "python":
+                assert self._take_python_worker is not None  # or admission would have refused
+                taken = await self._take_python_worker(grant.memory_bytes)
+                self._worker, self._runtime = taken
+            else:
+                self._worker = await self._take_from_pool(grant.memory_bytes)
         except SandboxError:
             log.error("worker.start_failed")
             return core.WorkerFailedToStart(self.id)

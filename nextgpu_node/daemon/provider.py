@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -43,6 +44,8 @@ log = structlog.get_logger()
 _CAPACITY_LIFETIME_MS = 60_000
 _RESTART_S = 30
 _WARM_WORKER_S = 24 * 3600.0
+_PYTHON_WORKER = "nextgpu_node.worker.python"
+_PYTHON_START_S = 30
 _OFF = "sharing is off"
 _STARTING = "starting"
 
@@ -69,8 +72,12 @@ class Provider:
         self._reason = _STARTING if config.enabled else _OFF
         self._switched = trio.Event()
         self._pool: WorkerPool | None = None
+        self._python_ready = trio.Event()
+        self._python_launcher: Launcher | None = None
+        self._python_policy: WorkerPolicy | None = None
         self._session_ids = itertools.count(1)
         self._units: dict[int, LentUnit] = {}
+        self.sandbox = SandboxReport(tier="none", layers=(), missing=())
         self._decider = Lending(
             PeerKey(identity.public_key),
             self._policy(),
@@ -78,7 +85,6 @@ class Provider:
             tokens=tokens.book,
             own_former_keys=frozenset(identity.former_keys),
         )
-        self.sandbox = SandboxReport(tier="none", layers=(), missing=())
 
     # --- on and off -------------------------------------------------------------------------
 
@@ -143,6 +149,8 @@ class Provider:
             try:
                 await self._pool.fill()
                 nursery.start_soon(self._pool.run)
+                if self._python_allow:
+                    nursery.start_soon(self._launch_python, self._worker_policy(device))
                 self._reason = ""
                 self._update_policy()
                 log.info("sharing.started", tier=tier)
@@ -151,6 +159,28 @@ class Provider:
                 self._pool = None
                 self._reason = self._reason or _STARTING
                 self._update_policy()
+
+    @property
+    def _python_allow(self) -> tuple[str, ...]:
+        """Code needs the whole sandbox, whatever the owner accepts for programs."""
+        return self._config.python_allow if self.sandbox.tier == "A" else ()
+
+    async def _launch_python(self, policy: WorkerPolicy) -> None:
+        """A launcher of its own, so that the one for programs never has an unpickler in memory."""
+        launcher = Launcher(
+            runtime_dir=self._worker_dir / "python", worker_module=_PYTHON_WORKER, tier="A"
+        )
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(launcher.run)
+                self._python_launcher, self._python_policy = launcher, policy
+                self._python_ready.set()
+                await trio.sleep_forever()
+        except* SandboxError as group:
+            # Programs are lent all the same.
+            log.error("sharing.python_failed", reason=str(group.exceptions[0]))
+        finally:
+            self._python_launcher, self._python_ready = None, trio.Event()
 
     def _pause(self, reason: str) -> None:
         log.warning("sharing.paused", reason=reason)
@@ -185,6 +215,7 @@ class Provider:
             allow=frozenset(PeerId(peer) for peer in config.allow),
             deny=frozenset(PeerId(peer) for peer in config.deny),
             serve=config.serve,
+            python_allow=frozenset(PeerId(peer) for peer in self._python_allow),
         )
 
     def _update_policy(self) -> None:
@@ -279,6 +310,7 @@ class Provider:
             self._identity,
             self._tokens.ledger,
             former_keys,
+            self._take_python_worker,
         )
         self._units[unit.id] = unit
         try:
@@ -292,6 +324,16 @@ class Provider:
         if self._pool is None:
             raise SandboxError("sharing was switched off")
         return await self._pool.take(memory_bytes)
+
+    async def _take_python_worker(self, memory_bytes: int) -> tuple[Worker, str]:
+        """Never a warm one: forked for this submitter, from the launcher of its kind."""
+        with trio.move_on_after(_PYTHON_START_S):
+            await self._python_ready.wait()
+        launcher, policy = self._python_launcher, self._python_policy
+        if launcher is None or policy is None:
+            raise SandboxError("the launcher of Python units does not run")
+        worker = await launcher.spawn(replace(policy, memory_bytes=memory_bytes))
+        return worker, launcher.runtime
 
     def end_units_under(self, token_id: bytes) -> None:
         """The token was revoked: what runs under it ends, with its receipt."""

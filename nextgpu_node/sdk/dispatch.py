@@ -32,11 +32,11 @@ from nextgpu_node.sdk.pool import (
     Call,
     CallLost,
     OpenUnit,
-    Xs,
-    Ys,
-    is_shared,
+    Result,
+    Step,
+    Work,
+    as_work,
     open_calls,
-    program_bytes,
 )
 from nextgpu_node.sdk.unit import Needs
 from nextgpu_protocol.errors import ErrorCode
@@ -65,12 +65,12 @@ _FAIR_SHARE_S: Final = 1.0
 class Job(Protocol):
     """Somebody's call.  All three are called in the trio thread, the last two at most once."""
 
-    steps: Sequence[Xs]
+    steps: Sequence[Step]
 
     def start(self) -> bool:
         """It is sent now, perhaps not for the first time.  False where nobody wants it any more."""
 
-    def succeed(self, results: list[Ys]) -> None: ...
+    def succeed(self, results: list[Result]) -> None: ...
 
     def fail(self, error: Exception) -> None: ...
 
@@ -141,12 +141,12 @@ class Dispatcher:
                 lane.close_when_done()
             await self._empty.wait()
 
-    def submit(self, program: Program, job: Job) -> Callable[[], None]:
+    def submit(self, program: Program | Work, job: Job) -> Callable[[], None]:
         """Run `job` somewhere.  What is given back drops it: nobody waits for it any more."""
         assert self._nursery is not None
         lane = self._lanes.get(id(program))
         if lane is None:
-            lane = self._lanes[id(program)] = Lane(self, program)
+            lane = self._lanes[id(program)] = Lane(self, program)  # keeps it, and so its id
             self._nursery.start_soon(self._run_lane, lane)
         return lane.push(job)
 
@@ -207,9 +207,10 @@ class Dispatcher:
 class Lane:
     """The calls of one program.  `run` from its first call until it has neither calls nor units."""
 
-    def __init__(self, dispatcher: Dispatcher, program: Program) -> None:
+    def __init__(self, dispatcher: Dispatcher, program: Program | Work) -> None:
         self._dispatcher = dispatcher
         self.program = program
+        self._work = as_work(program)
         self._queue: deque[_Ticket] = deque()
         self.units: list[OpenUnit] = []
         self._tickets: dict[OpenUnit, set[_Ticket]] = {}
@@ -218,10 +219,10 @@ class Lane:
         self._wake = trio.Event()
         self._resting = True
         self._closing = False
-        self._shared = is_shared(program)
+        self._shared = self._work.is_shared
         self._met_daemon = False
         self._unfit: dict[str, NextGPUError] = {}  # peers on which the program does not load
-        self._program_bytes = program_bytes(program)
+        self._program_bytes = self._work.size_bytes
         self._patient_since_s = trio.current_time()
 
     def push(self, job: Job) -> Callable[[], None]:
@@ -475,7 +476,7 @@ class Lane:
     async def _enter(self, stack: AsyncExitStack, peer: PeerView) -> OpenUnit:
         dispatcher = self._dispatcher
         for tries in itertools.count(1):
-            opening = open_calls(dispatcher.units_socket, peer, self.program, dispatcher.needs)
+            opening = open_calls(dispatcher.units_socket, peer, self._work, dispatcher.needs)
             try:
                 return await stack.enter_async_context(opening)
             except Refused as exc:

@@ -10,7 +10,7 @@ signed for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nextgpu_node.api_types import PeerView
 from nextgpu_protocol.messages import Offer, Receipt
@@ -87,6 +87,32 @@ class ReceiptVerified:
     peer_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class LogText:
+    """What a function printed: `stream` is 1 for stdout, 2 for stderr.  A peer's words: text."""
+
+    stream: int
+    text: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """What call `index` (from 0) gave back or raised, as plain data (python_unit.result_of)."""
+
+    index: int
+    outcome: int
+    value: Any = field(repr=False)
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileReceived:
+    """A file that a script left; `name` is relative and stays below its directory."""
+
+    name: str
+    content: bytes = field(repr=False)
+
+
 UnitEvent: TypeAlias = (
     PeerChosen
     | Offered
@@ -97,4 +123,7 @@ UnitEvent: TypeAlias = (
     | Checkpoint
     | Finished
     | ReceiptVerified
+    | LogText
+    | CallResult
+    | FileReceived
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import operator
 import os
+import sys
 import threading
 import time
 import weakref
@@ -28,7 +29,7 @@ import torch
 import trio
 
 from nextgpu_node.config import load_config, parse_size
-from nextgpu_node.errors import UsageError
+from nextgpu_node.errors import Refused, UsageError
 from nextgpu_node.graph.artifact import Program
 from nextgpu_node.graph.calls import tensor_leaves
 from nextgpu_node.graph.local import match_inputs
@@ -38,7 +39,8 @@ from nextgpu_node.sdk.dispatch import Dispatcher, Limits
 from nextgpu_node.sdk.modules import ExportedModule, ModuleCache, check_inputs
 from nextgpu_node.sdk.peer_book import PeerBook
 from nextgpu_node.sdk.peer_history import PeerHistory
-from nextgpu_node.sdk.pool import Xs, Ys
+from nextgpu_node.sdk.pool import PythonWork, Step, Work, Xs, Ys
+from nextgpu_node.sdk.python_unit import encode_function, result_of
 from nextgpu_node.sdk.unit import Needs
 from nextgpu_protocol.messages import DEVICE_KINDS
 
@@ -134,7 +136,7 @@ class _Call:
     """A future on its way through the dispatcher: `dispatch.Job`."""
 
     def __init__(
-        self, steps: Sequence[Xs], finish: Callable[[list[Ys]], Any], future: RemoteFuture[Any]
+        self, steps: Sequence[Step], finish: Callable[[list[Any]], Any], future: RemoteFuture[Any]
     ) -> None:
         self.steps = steps
         self.future = future
@@ -143,7 +145,7 @@ class _Call:
     def start(self) -> bool:
         return self.future.begin()
 
-    def succeed(self, results: list[Ys]) -> None:
+    def succeed(self, results: list[Any]) -> None:
         try:
             result = self._finish(results)
         except Exception as exc:
@@ -152,6 +154,10 @@ class _Call:
         self.future.settle(result, None)
 
     def fail(self, error: Exception) -> None:
+        if isinstance(error, Refused) and self.steps and isinstance(self.steps[0], bytes):
+            # Why each of them said no is the cause; what to do is the same for all.
+            error, cause = Refused(_NOBODY_RUNS_PYTHON), error
+            error.__cause__ = cause
         self.future.settle(None, error)
 
 
@@ -170,6 +176,8 @@ class _Engine:
         self._scope = trio.CancelScope()
         self._finishing = trio.Event()
         self._dispatcher: Dispatcher | None = None
+        # Apart: who refuses functions is still asked for programs.
+        self._python_dispatcher: Dispatcher | None = None
         self.unfinished: weakref.WeakSet[RemoteFuture[Any]] = weakref.WeakSet()
         self.broken: BaseException | None = None
         self.pid = os.getpid()
@@ -186,7 +194,7 @@ class _Engine:
         if self.broken is not None:
             raise _broken(self.broken)
 
-    def submit(self, program: Program, call: _Call) -> None:
+    def submit(self, program: Program | Work, call: _Call) -> None:
         self.unfinished.add(call.future)
         self._post(lambda: self._hand_over(program, call))
 
@@ -229,11 +237,14 @@ class _Engine:
             future.cancel()
         self._scope.cancel()
 
-    def _hand_over(self, program: Program, call: _Call) -> None:
+    def _hand_over(self, program: Program | Work, call: _Call) -> None:
         if call.future.cancelled():
             return
         assert self._dispatcher is not None
-        drop = self._dispatcher.submit(program, call)
+        assert self._python_dispatcher is not None
+        is_python = isinstance(program, PythonWork)
+        dispatcher = self._python_dispatcher if is_python else self._dispatcher
+        drop = dispatcher.submit(program, call)
         call.future.on_cancel(lambda: self._post(drop))
 
     def _run(self) -> None:
@@ -253,12 +264,18 @@ class _Engine:
             book = PeerBook(api.peers, self._needs, history=history)
             units_socket = self._paths.units_socket
             self._dispatcher = Dispatcher(units_socket, book, self._needs, self._limits)
+            python_book = PeerBook(api.peers, self._needs)
+            self._python_dispatcher = Dispatcher(
+                units_socket, python_book, self._needs, self._limits
+            )
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self._dispatcher.run)
+                    await nursery.start(self._python_dispatcher.run)
                     self._up.set()
                     await self._finishing.wait()
                     await self._dispatcher.close()
+                    await self._python_dispatcher.close()
                     nursery.cancel_scope.cancel()
             book.save()
 
@@ -294,6 +311,9 @@ class Executor(futures.Executor):
     no peer takes them, before they fail with NoPeerFound or Refused.  `attempts`: how often a call
     is sent, each time to another peer where there is one, before the loss of a peer is its own.
 
+    `on_log` is given (1 for stdout or 2 for stderr, text) of what functions print on their peers;
+    without it, it is printed here.
+
     Thread-safe.  Not usable in a forked child.  Futures fail with the errors of `nextgpu`:
     NoPeerFound, Refused, PeerLost, JobFailed, OutOfMemory, JobTimeout, IntegrityError,
     DaemonUnreachable, and ProgramError where the model or its inputs can not be used.
@@ -305,6 +325,7 @@ class Executor(futures.Executor):
         *,
         needs: Needs | None = None,
         paths: Paths | Path | None = None,
+        on_log: Callable[[int, str], None] | None = None,
         max_units: int = 16,
         idle_s: float = 2.0,
         patience_s: float = 15.0,
@@ -320,6 +341,7 @@ class Executor(futures.Executor):
         self._max_workers = max_units  # what schedulers of others ask an executor for
         self._engine = _Engine(paths or find_paths(os.environ), needs or parse_needs(gpu), limits)
         self._modules = ModuleCache()
+        self._python = PythonWork(on_log or show_log)
         self._exporter = futures.ThreadPoolExecutor(1, "nextgpu-export")
         self._lock = threading.Lock()
         self._closed = False
@@ -329,12 +351,14 @@ class Executor(futures.Executor):
     # --- concurrent.futures.Executor ----------------------------------------------------------
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> futures.Future[Any]:
-        """One call of `fn`, an nn.Module or a Program, with tensors.
+        """One call of `fn`: an nn.Module or a Program with tensors, or a Python function.
 
         A module's result is what the module itself would give, its tensors on the CPU; a program's
-        is a dict of its outputs by name.  The future is a RemoteFuture.  Raises ProgramError for
-        inputs that do not fit a program and UsageError for what is neither of the two; a model that
-        can not be exported fails its future.
+        is a dict of its outputs by name; a function's must be plain data, and runs only where an
+        owner named this submitter (docs/python.md).  The future is a RemoteFuture.
+
+        Raises ProgramError for inputs that do not fit a program and UsageError for what can not be
+        called or pickled; a model that can not be exported fails its future.
         """
         if _is_dask_batch(fn):
             from nextgpu_node.sdk.adapters.dask import submit_batch
@@ -405,8 +429,13 @@ class Executor(futures.Executor):
             elif isinstance(fn, torch.nn.Module):
                 self._engine.start()
                 self._submit_module(fn, calls, gather, future)
+            elif callable(fn):
+                # Pickled here and now: what the caller changes later is not sent.
+                bodies = [encode_function(fn, *call) for call in calls]
+                self._engine.start()
+                self._engine.submit(self._python, _Call(bodies, _results_of(gather), future))
             else:
-                raise UsageError(_NOT_DATA.format(kind=type(fn).__name__))
+                raise UsageError(_NOT_CALLABLE.format(kind=type(fn).__name__))
         return future
 
     def _check_open(self) -> None:
@@ -445,11 +474,24 @@ class Executor(futures.Executor):
 
 
 _Arguments = tuple[Sequence[Any], Mapping[str, Any]]
-_NOT_DATA: Final = (
-    "A {kind} can not be sent to a stranger's machine: peers run programs, which are data. "
-    "Submit an nn.Module, or turn a function of tensors into a program: "
-    "nextgpu.export(function, (example,))."
+_NOT_CALLABLE: Final = (
+    "A {kind} can not be called. Submit an nn.Module, a program (nextgpu.export) or a function."
 )
+_NOBODY_RUNS_PYTHON: Final = (
+    "No peer runs Python functions of yours. Peers run models and programs, which are data: submit "
+    "an nn.Module, or nextgpu.export(function, (example,)) where the function is one of tensors. "
+    "For other functions, an owner must name your peer ID in sharing.python_allow."
+)
+
+
+def _results_of(gather: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    return lambda events: gather([result_of(event) for event in events])
+
+
+def show_log(stream: int, text: str) -> None:
+    """What a function printed on its peer, here; control characters left out."""
+    shown = "".join(c for c in text if c.isprintable() or c in "\n\t")
+    print(shown, end="", file=sys.stderr if stream == 2 else sys.stdout, flush=True)
 
 
 def _is_dask_batch(fn: Any) -> bool:

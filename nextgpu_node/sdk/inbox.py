@@ -44,9 +44,7 @@ class Inbox:
 
     def take_untrusted(self, record: Record) -> Iterable[UnitEvent]:
         """The events that `record` completes: none or one."""
-        if self._continued not in (None, record.kind) or self._has_ended:
-            raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, record.kind.name)
-        self._continued = record.kind if record.more else None
+        self._continue_untrusted(record)
         match record.kind:
             case RecordKind.RESULT:
                 return self._result(record)
@@ -60,6 +58,12 @@ class Inbox:
                 return self._last_word(record)
             case _:
                 raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, record.kind.name)
+
+    def _continue_untrusted(self, record: Record) -> None:
+        """Fragments of one body follow each other, and nothing follows the last word."""
+        if self._continued not in (None, record.kind) or self._has_ended:
+            raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, record.kind.name)
+        self._continued = record.kind if record.more else None
 
     def raise_if_failed(self, receipt: Receipt) -> None:
         """The unit's end as an exception; nothing where it is done."""

@@ -29,6 +29,7 @@ _REFUSED = (
     ErrorCode.OLD_TABLE,
     ErrorCode.RATE_LIMITED,
     ErrorCode.SHUTTING_DOWN,
+    ErrorCode.PYTHON_NOT_ALLOWED,
     ErrorCode.BAD_TOKEN,
     ErrorCode.TOKEN_EXPIRED,
     ErrorCode.TOKEN_SPENT,

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import trio
 
@@ -34,7 +34,16 @@ from nextgpu_node.errors import (
     PeerLost,
     Refused,
 )
-from nextgpu_node.sdk.events import FinalResult, ReceiptVerified, Started, StepResult, UnitEvent
+from nextgpu_node.sdk.events import (
+    CallResult,
+    FinalResult,
+    LogText,
+    ReceiptVerified,
+    Started,
+    StepResult,
+    UnitEvent,
+)
+from nextgpu_node.sdk.python_unit import PythonUnit
 from nextgpu_node.sdk.unit import Needs, RemoteUnit, open_unit
 from nextgpu_protocol.messages import Receipt
 from nextgpu_protocol.records import RECORD_HEAD_BYTES
@@ -47,6 +56,9 @@ if TYPE_CHECKING:
 
 Xs = Mapping[str, "Tensor"]
 Ys = dict[str, "Tensor"]
+# A step of a program, or a call of a Python unit (python_unit.py); and what it gives.
+Step = Any
+Result = Any
 
 # Between the end of a unit's input and its receipt: the worker is wiped meanwhile.
 _CLOSE_DEADLINE_S: Final = 20.0
@@ -68,9 +80,9 @@ class CallLost(NextGPUError):
 class Call:
     """Steps in, results or an error out.  `on_done` is called once, in the trio thread."""
 
-    steps: Sequence[Xs]
+    steps: Sequence[Step]
     on_done: Callable[[Call], None]
-    results: list[Ys] = field(default_factory=list, repr=False)
+    results: list[Result] = field(default_factory=list, repr=False)
     error: NextGPUError | None = None
     sent_s: float = 0.0
     # About what its steps take of the unit's input limit.
@@ -80,10 +92,69 @@ class Call:
         self.input_bytes = sum(step_bytes(xs) for xs in self.steps)
 
 
-def step_bytes(xs: Xs) -> int:
+def step_bytes(step: Step) -> int:
     """About what the inputs of one step become when they are sealed."""
-    content = sum(tensor.nbytes for tensor in xs.values()) + _STEP_OVERHEAD_BYTES
+    if isinstance(step, bytes):
+        return padded_size(len(step) + RECORD_HEAD_BYTES)
+    content = sum(tensor.nbytes for tensor in step.values()) + _STEP_OVERHEAD_BYTES
     return padded_size(content + RECORD_HEAD_BYTES)
+
+
+class Work(Protocol):
+    """What a unit is opened for.  `is_shared`: one unit may serve many of its calls."""
+
+    is_shared: bool
+    size_bytes: int
+    table_version: int
+    unit_class: type[RemoteUnit]
+
+    async def start(self, remote: Any) -> None: ...
+
+    async def send(self, remote: Any, steps: Sequence[Step]) -> None: ...
+
+    def log(self, event: LogText) -> None: ...
+
+
+class ProgramWork:
+    """Steps of one program."""
+
+    unit_class: type[RemoteUnit] = RemoteUnit
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self.is_shared = is_shared(program)
+        self.size_bytes = program_bytes(program)
+        self.table_version = program.spec.min_table_version
+
+    async def start(self, remote: Any) -> None:
+        await remote.start(self._program)
+
+    async def send(self, remote: Any, steps: Sequence[Step]) -> None:
+        await remote.send_steps(steps)
+
+    def log(self, event: LogText) -> None:
+        """Programs print nothing: their inbox has no such record."""
+
+
+class PythonWork:
+    """Calls of functions.  `on_log` is given (stream, text) of what they print."""
+
+    unit_class: type[RemoteUnit] = PythonUnit
+    is_shared = True
+    size_bytes = 8192
+    table_version = 1
+
+    def __init__(self, on_log: Callable[[int, str], None]) -> None:
+        self._on_log = on_log
+
+    async def start(self, remote: Any) -> None:
+        await remote.start_calls()
+
+    async def send(self, remote: Any, steps: Sequence[Step]) -> None:
+        await remote.send_calls(steps)
+
+    def log(self, event: LogText) -> None:
+        self._on_log(event.stream, event.text)
 
 
 def is_shared(program: Program) -> bool:
@@ -98,12 +169,12 @@ class OpenUnit:
     Everything here runs in one trio thread.  `put` never waits; `call` does.
     """
 
-    def __init__(self, remote: RemoteUnit, peer: PeerView, program: Program) -> None:
+    def __init__(self, remote: RemoteUnit, peer: PeerView, work: Work) -> None:
         self._remote = remote
-        self._program = program
+        self._work = work
         self.peer = peer
         self.unit_id = remote.unit_id.hex()
-        self.is_shared = is_shared(program)
+        self.is_shared = work.is_shared
         self.began_s = self.active_s = trio.current_time()
         self.pace = Pace()
         self._outgoing: deque[Call] = deque()
@@ -112,7 +183,7 @@ class OpenUnit:
         self._begun = trio.Event()
         self._started = False
         self._closing = False
-        self._unsent_bytes = program_bytes(program)
+        self._unsent_bytes = work.size_bytes
         self._output_left = remote.offer.output_bytes
         self._largest_result = 0
         self.receipt: Receipt | None = None
@@ -173,7 +244,7 @@ class OpenUnit:
         if not self.is_shared:
             self.close()
 
-    async def call(self, steps: Sequence[Xs]) -> list[Ys]:
+    async def call(self, steps: Sequence[Step]) -> list[Result]:
         """The outputs of each of `steps`.
 
         Raises CallLost where the unit ended for another reason than this call, and JobFailed,
@@ -210,8 +281,8 @@ class OpenUnit:
         """The program, then calls as they come, then the end of the input."""
         try:
             self._begun.set()
-            await self._remote.start(self._program)
-            self._unsent_bytes -= program_bytes(self._program)
+            await self._work.start(self._remote)
+            self._unsent_bytes -= self._work.size_bytes
             while True:
                 await self._wake.wait()
                 self._wake = trio.Event()
@@ -227,7 +298,7 @@ class OpenUnit:
         """Everything that waits, in one piece."""
         batch = list(self._outgoing)
         self._outgoing.clear()
-        await self._remote.send_steps([xs for call in batch for xs in call.steps])
+        await self._work.send(self._remote, [step for call in batch for step in call.steps])
         self._unsent_bytes -= sum(call.input_bytes for call in batch)
 
     async def receive_results(self) -> None:
@@ -247,7 +318,11 @@ class OpenUnit:
                 self._started = True
                 self.pace.restart(trio.current_time())
             case StepResult(tensors=tensors):
-                self._take_result(tensors)
+                self._take_result(tensors, step_bytes(tensors))
+            case CallResult(size_bytes=size_bytes):
+                self._take_result(event, size_bytes)
+            case LogText():
+                self._work.log(event)
             case FinalResult(tensors=tensors):
                 self._in_flight[0].results[-1] |= tensors
             case ReceiptVerified(receipt=receipt):
@@ -255,14 +330,13 @@ class OpenUnit:
             case _:
                 pass
 
-    def _take_result(self, tensors: Ys) -> None:
-        size = step_bytes(tensors)
+    def _take_result(self, result: Result, size: int) -> None:
         self._output_left -= size
         self._largest_result = max(self._largest_result, size)
         if not self._in_flight:
             raise IntegrityError("The peer sent a result that nobody asked for.")
         call = self._in_flight[0]
-        call.results.append(tensors)
+        call.results.append(result)
         if len(call.results) < len(call.steps) or not self.is_shared:
             return  # a unit of one call is complete with its receipt
         self._in_flight.popleft()
@@ -308,7 +382,7 @@ class OpenUnit:
 
 @asynccontextmanager
 async def open_calls(
-    units_socket: Path, peer: PeerView, program: Program, needs: Needs | None = None
+    units_socket: Path, peer: PeerView, program: Program | Work, needs: Needs | None = None
 ) -> AsyncIterator[OpenUnit]:
     """A unit on `peer` that takes calls of `program` until the block is left.
 
@@ -316,11 +390,16 @@ async def open_calls(
     it by an exception ends the unit at once.  Raises Refused, PeerLost, IntegrityError or
     DaemonUnreachable where the unit can not be opened; how it ends is in `unit.error`.
     """
+    work = as_work(program)
     opening = open_unit(
-        units_socket, peer, needs or Needs(), table_version=program.spec.min_table_version
+        units_socket,
+        peer,
+        needs or Needs(),
+        table_version=work.table_version,
+        unit_class=work.unit_class,
     )
     async with opening as remote:
-        unit = OpenUnit(remote, peer, program)
+        unit = OpenUnit(remote, peer, work)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(unit.send_calls)
@@ -331,6 +410,15 @@ async def open_calls(
                 nursery.cancel_scope.cancel()
         finally:
             unit.end()
+
+
+def as_work(program: Program | Work) -> Work:
+    """A program as what a unit is opened for; work of another kind as it is."""
+    return program if isinstance(program, ProgramWork | PythonWork) else _of_program(program)
+
+
+def _of_program(program: Any) -> Work:
+    return ProgramWork(program)
 
 
 async def _wait_for_end(unit: OpenUnit) -> None:

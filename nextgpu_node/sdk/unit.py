@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, M
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import trio
 
@@ -111,16 +111,21 @@ class Needs:
 
 @asynccontextmanager
 async def open_unit(
-    units_socket: Path, peer: PeerView, needs: Needs, *, table_version: int
+    units_socket: Path,
+    peer: PeerView,
+    needs: Needs,
+    *,
+    table_version: int,
+    unit_class: type[RemoteUnit] | None = None,
 ) -> AsyncIterator[RemoteUnit]:
-    """A unit on `peer`, ready for its program.
+    """A unit on `peer`, ready for its program; a RemoteUnit where no other class is named.
 
     Raises Refused, PeerLost, IntegrityError or DaemonUnreachable.  Leaving the block in any way
     ends the unit: the peer kills its worker when the connection goes.
     """
     stream = await _connect(units_socket)
     try:
-        unit = RemoteUnit(FrameStream(stream), peer)
+        unit = (unit_class or RemoteUnit)(FrameStream(stream), peer)
         with translated():
             with trio.move_on_after(_OFFER_DEADLINE_S) as deadline:
                 await unit.negotiate(needs, table_version)
@@ -137,6 +142,8 @@ class RemoteUnit:
 
     `start`, `send_step` and `close_input` may run in one task while another iterates `events`.
     """
+
+    kind: ClassVar[str] = "program"  # UnitRequest.kind
 
     def __init__(self, frames: FrameStream, peer: PeerView) -> None:
         self._frames = frames
@@ -201,6 +208,7 @@ class RemoteUnit:
             issued_at_ms=issued_at_ms,
             expires_at_ms=issued_at_ms + MAX_REQUEST_LIFETIME_MS,
             token=use_token(token, own_key, nonce) if token is not None else b"",
+            kind=self.kind,
         )
 
     def _make_header(self, offer: Signed[Offer], ephemeral: KeyPair) -> UnitHeader:
@@ -306,7 +314,7 @@ class RemoteUnit:
 
         Raises at the end, after the receipt, where the unit did not succeed.
         """
-        inbox = Inbox(self._spec, max_bytes=self.offer.output_bytes)
+        inbox = self._make_inbox()
         with translated():
             while (frame := await self._receive()) is not None:
                 kind, body = frame
@@ -328,6 +336,9 @@ class RemoteUnit:
                     case _:
                         raise refusal_untrusted(body)
         raise PeerLost("The connection to the peer ended before the results were complete.")
+
+    def _make_inbox(self) -> Inbox:
+        return Inbox(self._spec, max_bytes=self.offer.output_bytes)
 
     async def _receive(self) -> Frame | None:
         with self._in_time():

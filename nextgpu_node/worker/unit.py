@@ -10,9 +10,10 @@ Inputs may keep coming while results go out: one open unit serves many small cal
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import torch
 
@@ -78,19 +79,39 @@ class UnitLimits:
         )
 
 
+class RecordReader(Protocol):
+    """What runs a unit's records.  `stopped`: it wants no more of them."""
+
+    stopped: bool
+
+    def take_untrusted(self, record: Record) -> None: ...
+
+    def flush_results(self, *, idle: bool) -> None: ...
+
+    def finish(self) -> UnitSummary: ...
+
+
 class Unit:
     """Reads the sealed input, drives the machine, seals what comes out."""
 
-    def __init__(self, channel: Channel, key_pair: KeyPair, limits: UnitLimits) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        key_pair: KeyPair,
+        limits: UnitLimits,
+        make_reader: Callable[[Outbox, UnitLimits], RecordReader] | None = None,
+    ) -> None:
+        """`make_reader`: what to do with the records; without it, a program's Scan."""
         self._channel = channel
         self._key_pair = key_pair
         self._limits = limits
+        self._make_reader = make_reader or Scan
 
     def run(self) -> int:
         """The exit code for the daemon.  Raises ChannelClosed when nobody listens any more."""
         keys = self._take_assignment()
         outbox = Outbox(self._channel, keys.outbound)
-        scan = Scan(outbox, self._limits)
+        scan = self._make_reader(outbox, self._limits)
         try:
             self._read_input(Opener(keys.inbound), scan)
             outbox.finish(scan.finish())
@@ -117,7 +138,7 @@ class Unit:
         if header.message.offer_hash != offer.hash:
             raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "offer_hash")
 
-    def _read_input(self, opener: Opener, scan: Scan) -> None:
+    def _read_input(self, opener: Opener, scan: RecordReader) -> None:
         while not scan.stopped:
             kind, body = self._channel.receive_untrusted()
             if kind is FrameKind.END:

@@ -33,6 +33,7 @@ class ErrorCode(IntEnum):
     OLD_TABLE = 25
     RATE_LIMITED = 26
     SHUTTING_DOWN = 27
+    PYTHON_NOT_ALLOWED = 28
     BAD_TOKEN = 30
     TOKEN_EXPIRED = 31
     TOKEN_SPENT = 32
@@ -75,6 +76,7 @@ SENTENCES: dict[ErrorCode, str] = {
     ErrorCode.OLD_TABLE: "The program needs a newer operator table than this node has.",
     ErrorCode.RATE_LIMITED: "Too many requests; try again later.",
     ErrorCode.SHUTTING_DOWN: "This node is shutting down.",
+    ErrorCode.PYTHON_NOT_ALLOWED: "The owner of this node runs no Python of this submitter.",
     ErrorCode.BAD_TOKEN: "The capability token is malformed, or its chain does not hold.",
     ErrorCode.TOKEN_EXPIRED: "The capability token has expired.",
     ErrorCode.TOKEN_SPENT: "The capability token has not enough GPU seconds left.",

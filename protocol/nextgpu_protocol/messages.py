@@ -28,6 +28,8 @@ from nextgpu_protocol.limits import (
 
 SUITE: Final = 1  # X25519, XChaCha20-Poly1305 secretstream, BLAKE2b, Ed25519
 DEVICE_KINDS: Final = ("any", "cpu", "cuda")
+# What a unit runs: data (60-program.md), or functions of a submitter named by the owner.
+UNIT_KINDS: Final = ("program", "python")
 HASH_BYTES: Final = 32
 
 
@@ -48,8 +50,10 @@ class UnitRequest:
     issued_at_ms: int
     expires_at_ms: int
     token: bytes  # an encoded Token, empty for none
+    kind: str = "program"  # "program", "python"
 
     def validate(self) -> None:
+        _one_of("UnitRequest.kind", self.kind, UNIT_KINDS)
         _exact("UnitRequest.nonce", self.nonce, 16)
         _exact("UnitRequest.provider_key", self.provider_key, KEY_BYTES)
         _one_of("UnitRequest.device_kind", self.device_kind, DEVICE_KINDS)

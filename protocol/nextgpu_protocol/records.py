@@ -32,12 +32,16 @@ class RecordKind(IntEnum):
     CONSTANTS = 3  # safetensors image, in the order of the program's constants
     CARRY = 4  # safetensors image: initial state, or a checkpoint to go on from
     STEP = 5  # safetensors image: the inputs of one step
+    CALL = 6  # u8 form ‖ a pickled call or a script, see 65-python.md
     STARTED = 16  # the program is loaded
     RESULT = 17  # safetensors image: the outputs of one step
     CHECKPOINT = 18  # u64 steps done ‖ safetensors image of the carry
     DONE = 19  # UnitSummary
     FAILED = 20  # Refusal: code and detail
     FINAL = 21  # safetensors image: the outputs of the finish graph
+    LOG = 22  # u8 stream ‖ UTF-8 text
+    VALUE = 23  # u8 outcome ‖ u32 tree bytes ‖ tree ‖ safetensors image, see 65-python.md
+    FILE = 24  # u16 name bytes ‖ name ‖ content
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class FarmPeer:
     lies_in_receipt: bool = False
     dies_after_results: int | None = None
     units: int = 0
+    headers: int = 0
     open_units: int = 0
     scopes: set[trio.CancelScope] = field(default_factory=set)
 
@@ -180,6 +181,7 @@ class _Conversation:
         await self._frames.send(FrameKind.OFFER, signed.data)
         await self._sign()
         header_data = await self._frames.expect_untrusted(FrameKind.HEADER)
+        self._peer.headers += 1
         header = open_envelope_untrusted(UnitHeader, header_data)
         ours, theirs = socket.socketpair()
         limits: Mapping[str, int | str] = {

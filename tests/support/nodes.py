@@ -104,9 +104,13 @@ class Swarm:
 
 @contextmanager
 def swarm(
-    providers: int, settings: Mapping[str, str] | None = None, *, log_file: Path | None = None
+    providers: int,
+    settings: Mapping[str, str] | None = None,
+    *,
+    log_file: Path | None = None,
+    allow_python: bool = False,
 ) -> Iterator[Swarm]:
-    """Started, connected, and all providers known to the submitter."""
+    """Started, connected, and all providers known to the submitter, whose Python they may run."""
     work = Path(tempfile.mkdtemp(prefix="nextgpu-test-"))
     try:
         with ExitStack() as stack:
@@ -114,6 +118,8 @@ def swarm(
             submitter = stack.enter_context(DaemonProcess(work / "borrow", log=log))
             bootstrap = [submitter.wait_ready().address]
             lending = {**LENDING, **(settings or {})}
+            if allow_python:
+                lending["sharing.python_allow"] = submitter.ready.peer_id
             lenders = [
                 DaemonProcess(work / f"lend{i}", bootstrap=bootstrap, settings=lending, log=log)
                 for i in range(providers)

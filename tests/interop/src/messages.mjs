@@ -93,6 +93,7 @@ const FIELDS = {
     ["table_version", int],
     ...window,
     ["token", bytes()],
+    ["kind", oneOf("program", "python")],
   ],
   device: [
     ["kind", oneOf("cpu", "cuda")],

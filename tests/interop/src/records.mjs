@@ -8,8 +8,9 @@ const HEAD_BYTES = 6;
 const MORE = 1;
 
 export const RECORDS = {
-  1: "MANIFEST", 2: "PROGRAM", 3: "CONSTANTS", 4: "CARRY", 5: "STEP",
+  1: "MANIFEST", 2: "PROGRAM", 3: "CONSTANTS", 4: "CARRY", 5: "STEP", 6: "CALL",
   16: "STARTED", 17: "RESULT", 18: "CHECKPOINT", 19: "DONE", 20: "FAILED", 21: "FINAL",
+  22: "LOG", 23: "VALUE", 24: "FILE",
 };
 const NUMBERS = Object.fromEntries(Object.entries(RECORDS).map(([number, name]) => [name, Number(number)]));
 

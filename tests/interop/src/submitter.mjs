@@ -23,7 +23,7 @@ const window = (lifetimeMs) => {
 
 const makeRequest = (providerKey) => ({
   suite: 1, nonce: random(16), provider_key: providerKey, device_kind: "any", device_memory_bytes: 0,
-  ...AMOUNTS, table_version: 1, ...window(60_000), token: new Uint8Array(0),
+  ...AMOUNTS, table_version: 1, ...window(60_000), token: new Uint8Array(0), kind: "program",
 });
 
 const makeHeader = (offerHash, ephemeralKey) => ({
