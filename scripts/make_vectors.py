@@ -668,7 +668,7 @@ def envelopes_not_canonical() -> Iterator[Vector]:
 @scenario
 def right_signatures_over_wrong_payloads() -> Iterator[Vector]:
     good = pack(plain(REQUEST))
-    long_form = b"\xdc\x00\x0d" + good[1:]
+    long_form = b"\xdc" + len(REQUEST).to_bytes(2) + good[1:]
     cases = [
         ("payload-not-canonical", long_form, "NOT_CANONICAL"),
         ("payload-trailing", good + b"\0", "MALFORMED"),
@@ -1294,8 +1294,8 @@ def records_that_are_wrong() -> Iterator[Vector]:
         "head-cut": b"\x05\x00\x00\x00\x00",
         "body-cut": record("STEP", b"abc")[:-1],
         "length-huge": b"\x05\x00\xff\xff\xff\xff",
-        "kind-6": b"\x06" + bytes(5),
-        "kind-22": b"\x16" + bytes(5),
+        "kind-7": b"\x07" + bytes(5),
+        "kind-25": b"\x19" + bytes(5),
         "kind-255": b"\xff" + bytes(5),
         "flags-2": record("STEP", b"", 2),
         "flags-255": record("STEP", b"", 255),

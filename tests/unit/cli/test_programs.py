@@ -131,7 +131,10 @@ def test_example_inputs_that_do_not_fit_are_said_so(
     ("args", "sentence"),
     [
         (["nothing.ngp", "--output", "y"], "nothing.ngp: can not be read: No such file"),
-        (["my_models.py", "--output", "y"], "my_models.py: This is not a NextGPU program"),
+        (["x.safetensors", "--output", "y"], "x.safetensors: This is not a NextGPU program"),
+        (["none.py", "--output", "y"], "none.py: can not be read: No such file"),
+        (["my_models.py", "--output", "."], ".: is not empty"),
+        (["double.ngp", "--output", "y", "--", "more"], "Only scripts (.py) take arguments"),
         (["double.ngp", "--output", "y"], "takes inputs (x). Name a file: --input"),
         (["double.ngp", "--input", "none", "--output", "y"], "none: can not be read"),
         (["double.ngp", "--input", "double.ngp", "--output", "y"], "is not a safetensors file"),

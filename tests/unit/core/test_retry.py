@@ -13,7 +13,14 @@ _TOKEN = {code.name for code in ErrorCode if "TOKEN" in code.name}
 _REMEDIES = {
     Remedy.WAIT: {"BUSY", "RATE_LIMITED", "INTERNAL", "EXPIRED"},
     Remedy.ELSEWHERE: {
-        *("NOT_SHARING", "NOT_ALLOWED", "OVER_LIMIT", "NO_SUCH_DEVICE", "OLD_TABLE"),
+        *(
+            "NOT_SHARING",
+            "NOT_ALLOWED",
+            "PYTHON_NOT_ALLOWED",
+            "OVER_LIMIT",
+            "NO_SUCH_DEVICE",
+            "OLD_TABLE",
+        ),
         *("SHUTTING_DOWN", "NOT_YET_VALID", "OUT_OF_MEMORY", "TIMED_OUT", "WORKER_CRASHED"),
         *_TOKEN,
         *("SUBMITTER_LOST", "PEER_UNREACHABLE", "TRUNCATED"),
@@ -49,7 +56,7 @@ def test_our_own_daemon_is_no_peers_fault() -> None:
 def test_only_lasting_refusals_are_lasting() -> None:
     lasting = {code.name for code in ErrorCode if is_lasting(error_for(code, ""))}
     expected = {"NOT_ALLOWED", "OVER_LIMIT", "NO_SUCH_DEVICE", "OLD_TABLE", "NOT_YET_VALID"}
-    assert lasting == expected | _TOKEN
+    assert lasting == expected | {"PYTHON_NOT_ALLOWED"} | _TOKEN
 
 
 def test_pauses_grow_are_spread_and_end_at_half_a_minute() -> None:
