@@ -28,7 +28,7 @@ from nextgpu_node.errors import SandboxError
 from nextgpu_node.hostinfo.devices import Device, default_threads
 from nextgpu_node.identity import Identity
 from nextgpu_node.p2p.streams import PeerStream
-from nextgpu_node.sandbox.launcher import Worker
+from nextgpu_node.sandbox.launcher import Launcher, Worker
 from nextgpu_node.sandbox.policy import STRONGEST, TIERS, WorkerPolicy
 from nextgpu_node.sandbox.probe import SandboxReport, probe
 from nextgpu_node.sandbox.service_launcher import launcher_for

@@ -25,9 +25,7 @@ from nextgpu_node.sdk.inbox import Inbox
 from nextgpu_node.sdk.unit import RemoteUnit
 from nextgpu_node.worker.versions import mismatch, python_runtime
 from nextgpu_protocol.codec import encode_message
-from nextgpu_protocol.envelope import Signed
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
-from nextgpu_protocol.messages import Offer, UnitRequest
 from nextgpu_protocol.program import Graph, ProgramSpec
 from nextgpu_protocol.records import Record, RecordKind, UnitManifest
 
@@ -130,15 +128,14 @@ class PythonUnit(RemoteUnit):
 
     kind = "python"
 
-    def _check_offer_untrusted(self, offer: Signed[Offer], request: Signed[UnitRequest]) -> None:
-        super()._check_offer_untrusted(offer, request)
+    def _check_runtime(self, runtime: str) -> None:
         # Before the header: nothing of the function has left this process yet.
-        difference = mismatch(python_runtime(), offer.message.runtime)
+        difference = mismatch(python_runtime(), runtime)
         if difference:
             raise Refused(f"The peer's versions differ: {_printable(difference)}.")
 
     async def start_calls(self) -> None:
-        manifest = UnitManifest(checkpoint_ms=0, return_carry=False)
+        manifest = UnitManifest(checkpoint_ms=0, checkpoint_steps=0, return_carry=False)
         await self._write(RecordKind.MANIFEST, [encode_message(manifest)])
         await self._flush(final=False)
 

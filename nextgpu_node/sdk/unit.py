@@ -169,6 +169,7 @@ class RemoteUnit:
         await self._send(FrameKind.REQUEST, request.data)
         offer = open_envelope_untrusted(Offer, await self._expect(FrameKind.OFFER))
         check_offer_untrusted(offer, request, self._peer_key, now_ms=now_ms())
+        self._check_runtime(offer.message.runtime)
         ephemeral = KeyPair(os.urandom(32))
         header = await self._sign("header", self._make_header(offer, ephemeral))
         self._transcript = transcript_hash(offer.data, header.data)
@@ -182,6 +183,9 @@ class RemoteUnit:
         self._sealer = Sealer(keys.inbound)
         self._opener = Opener(keys.outbound)
         await self._send_data(self._sealer.preamble)
+
+    def _check_runtime(self, runtime: str) -> None:
+        """A last look before anything of the unit is sent.  A program runs on every runtime."""
 
     def offered(self) -> Offered:
         return Offered(offer=self.offer, unit_id=self.unit_id.hex())
