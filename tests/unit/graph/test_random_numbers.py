@@ -9,8 +9,11 @@ from torch import nn
 
 from nextgpu_node.graph import random_numbers as rn
 from nextgpu_node.graph.export import export
+from nextgpu_node.graph.link import link_graph_untrusted
 from nextgpu_node.graph.local import make_machine
+from nextgpu_node.graph.plan import make_plan_untrusted
 from nextgpu_protocol.errors import RemoteProtocolError
+from nextgpu_protocol.program import DType, Graph, Node, Ref
 
 M0, M1 = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 W0, W1 = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
@@ -147,10 +150,41 @@ def test_dropout_between_recurrent_layers_is_not_forgotten():
     torch.testing.assert_close(quiet, lstm(x)[0].detach(), rtol=0, atol=1e-6)
 
 
+def plan_draw(op: str, state: torch.Tensor, *arguments: object) -> None:
+    """Plan one draw of a hand-written program."""
+    given = tuple(tuple(one) if isinstance(one, list) else one for one in arguments)
+    graph = Graph((Node(op, (Ref(0), *given), (), "t"),), (1,))
+    linked = link_graph_untrusted("step", graph, 1)
+    make_plan_untrusted(
+        linked, [state.to("meta")], device=torch.device("cpu"), max_live_bytes=2**20
+    )
+
+
+GOOD = torch.zeros(2, dtype=torch.int64)
+F32 = DType("float32")
+
+
 @pytest.mark.parametrize(
-    "state", [torch.zeros(3, dtype=torch.int64), torch.zeros(2), torch.zeros((), dtype=torch.int64)]
+    ("op", "arguments", "code"),
+    [
+        ("random.uniform", (torch.zeros(3, dtype=torch.int64), 0, [4], F32), "BAD_PROGRAM"),
+        ("random.uniform", (torch.zeros(2), 0, [4], F32), "BAD_PROGRAM"),
+        ("random.uniform", (torch.zeros((), dtype=torch.int64), 0, [4], F32), "BAD_PROGRAM"),
+        ("random.read", (torch.zeros(2),), "BAD_PROGRAM"),
+        ("random.advance", (torch.zeros(1 << 17, dtype=torch.int64),), "BAD_PROGRAM"),
+        ("random.uniform", (GOOD, -1, [4], F32), "BAD_PROGRAM"),
+        ("random.uniform", (GOOD, 2**31, [4], F32), "BAD_PROGRAM"),
+        ("random.uniform", (GOOD, 0, [-4], F32), "BAD_PROGRAM"),
+        ("random.uniform", (GOOD, 0, [4], DType("int64")), "BAD_PROGRAM"),
+        ("random.normal", (GOOD, 0, [4], DType("complex64")), "BAD_PROGRAM"),
+        ("random.bernoulli", (GOOD, 0, [4], 1.5), "BAD_PROGRAM"),
+        ("random.bernoulli", (GOOD, 0, [4], -0.1), "BAD_PROGRAM"),
+        ("random.bits", (GOOD, 0, [2**40]), "OVER_LIMIT"),
+        ("random.normal", (GOOD, 0, [2**10, 2**10], F32), "OVER_LIMIT"),
+        ("random.seed", (GOOD,), "UNKNOWN_OPERATOR"),
+    ],
 )
-def test_what_is_no_state_is_refused_before_anything_is_drawn(noisy, state):
-    machine = make_machine(noisy)
-    with pytest.raises(RemoteProtocolError):
-        machine.load_carry({"random_state": state})
+def test_a_draw_that_can_not_be_is_refused_before_it_is_made(op, arguments, code):
+    with pytest.raises(RemoteProtocolError) as caught:
+        plan_draw(op, *arguments)
+    assert caught.value.code.name == code
