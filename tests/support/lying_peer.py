@@ -53,6 +53,7 @@ class LyingPeer:
     say_more: bool = False  # a result after DONE
     silent_after: str = ""  # "connect", "request", "header", "input", "results" or "end"
     result: dict[str, torch.Tensor] = field(default_factory=dict)
+    input_sizes: list[int] = field(default_factory=list)  # of the DATA bodies that came
 
     async def serve(self, stream: trio.SocketStream) -> None:
         self._frames = FrameStream(stream)
@@ -119,6 +120,7 @@ class LyingPeer:
             if frame[0] is FrameKind.END:
                 break
             self._received.update(frame[1])
+            self.input_sizes.append(len(frame[1]))
         await self._go_on_after("input")
         await self._results(Sealer(keys.outbound))
         await self._go_on_after("results")

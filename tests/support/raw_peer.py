@@ -164,7 +164,10 @@ async def raw_peer(provider_id: str, provider_address: str) -> AsyncIterator[Raw
     """A connected RawPeer."""
     key = SigningKey(os.urandom(32))
     settings = P2PSettings(
-        key_seed=bytes(key), listen_addrs=("/ip4/127.0.0.1/tcp/0",), dht_mode="client"
+        key_seed=bytes(key),
+        listen_addrs=("/ip4/127.0.0.1/tcp/0",),
+        dht_mode="client",
+        max_streams_per_peer=10_000,  # the bounds that count are the other side's
     )
     network = Network(settings, {})
     async with trio.open_nursery() as nursery:

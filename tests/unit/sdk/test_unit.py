@@ -41,9 +41,10 @@ from tests.support.messages import PROVIDER, STRANGER
 
 X = TensorSpec("x", "float32", (2,))
 Y = TensorSpec("y", "float32", (2,))
+NODE = Node("aten.add.Tensor", (Ref(0), Ref(0)), (), TENSOR)
 SPEC = ProgramSpec(
     min_table_version=1,
-    step=Graph((Node("aten.add.Tensor", (Ref(0), Ref(0)), (), TENSOR),), (1,)),
+    step=Graph((NODE,), (1,)),
     xs=(X,),
     ys=(Y,),
 )
@@ -67,7 +68,12 @@ PEER = PeerView(
 
 
 async def events_from(
-    peer: LyingPeer, directory: Path, *, deadline_s: float = 10, steps: int = 1
+    peer: LyingPeer,
+    directory: Path,
+    *,
+    deadline_s: float = 10,
+    steps: int = 1,
+    program: Program | None = None,
 ) -> list[UnitEvent]:
     """Everything the submitter's side says of one unit with `peer`."""
     peer.result = peer.result or RESULT
@@ -81,7 +87,7 @@ async def events_from(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, peer.serve, [trio.SocketListener(sock)])
             try:
-                await one_unit(path, events, steps)
+                await one_unit(path, events, steps, program or PROGRAM)
             except NextGPUError as exc:
                 failure = exc
             nursery.cancel_scope.cancel()
@@ -90,9 +96,9 @@ async def events_from(
     return events
 
 
-async def one_unit(path: Path, events: list[UnitEvent], steps: int = 1) -> None:
+async def one_unit(path: Path, events: list[UnitEvent], steps: int, program: Program) -> None:
     async with open_unit(path, PEER, Needs(), table_version=1) as unit:
-        await unit.start(PROGRAM)
+        await unit.start(program)
         for _ in range(steps):
             await unit.send_step({"x": torch.tensor([1.0, 2.0])})
         await unit.close_input()
@@ -180,6 +186,22 @@ async def test_a_peer_that_reads_nothing_is_given_up(
     assert trio.current_time() == pytest.approx(10 + 60, abs=0.5)
 
 
+async def test_two_inputs_of_one_size_class_are_told_apart_by_nothing_on_the_wire(
+    tmp_path: Path,
+) -> None:
+    """Programs with constants of 30, 200 and 700 numbers: both below the floor of a size class."""
+    sizes = []
+    for number in (30, 200, 700):
+        constants = {"w": torch.ones(number)}
+        spec = replace(SPEC, constants=(TensorSpec("w", "float32", (number,)),))
+        spec = replace(spec, step=Graph((replace(NODE, args=(Ref(1), Ref(1))),), (2,)))
+        peer = LyingPeer()
+        await events_from(peer, tmp_path, program=Program.from_parts(spec, constants, {}))
+        sizes.append(peer.input_sizes)
+        (tmp_path / "units.sock").unlink()
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
 async def test_results_of_another_shape_are_not_taken(tmp_path: Path) -> None:
     with pytest.raises(NextGPUError, match="do not match"):
         await events_from(LyingPeer(result={"y": torch.ones(3)}), tmp_path)
@@ -213,4 +235,4 @@ async def test_a_refusal_is_told_with_its_reason(tmp_path: Path) -> None:
 
 async def test_without_a_daemon_the_error_says_what_to_start(tmp_path: Path) -> None:
     with pytest.raises(DaemonUnreachable, match="nextgpu up"):
-        await one_unit(tmp_path / "nobody.sock", [])
+        await one_unit(tmp_path / "nobody.sock", [], 1, PROGRAM)
