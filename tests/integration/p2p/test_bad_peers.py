@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+from contextlib import suppress
 
+import psutil
 import pytest
 import trio
 from libp2p.peer.id import ID
 
-from nextgpu_node.errors import PeerLost
+from nextgpu_node.errors import NetworkError, PeerLost
 from nextgpu_node.p2p.hardening import DHT_PROTOCOL
 from nextgpu_node.p2p.network import Network
 from nextgpu_node.p2p.streams import PeerStream
@@ -246,3 +249,71 @@ async def test_ipv6_works_where_the_machine_has_it() -> None:
         assert address.startswith("/ip6/::1/tcp/")
         assert await still_serves(address)
         nursery.cancel_scope.cancel()
+
+
+async def knock(port: int, opening: bytes) -> None:
+    """Connect, say something that is no protocol, leave without waiting for an answer."""
+    with suppress(OSError, trio.BrokenResourceError):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(opening)
+
+
+async def call_and_babble(node: Network, address: str, protocol: str) -> None:
+    """A whole connection, garbage on a stream of it, and away."""
+    assert node._host is not None
+    with suppress(PeerLost, NetworkError):
+        peer_id = await node.connect(address)
+        stream = await node.open_stream(peer_id, protocol)
+        await stream.send_all(os.urandom(200))
+        await stream.reset()
+        await node._host.disconnect(ID.from_base58(peer_id))
+
+
+OPENINGS = (
+    b"",
+    os.urandom(3000),
+    b"GET / HTTP/1.1\r\n\r\n",
+    MULTISTREAM,
+    MULTISTREAM + NOISE,
+    MULTISTREAM + NOISE + b"\x00\x20" + os.urandom(32),
+    MULTISTREAM + NOISE + b"\xff\xff" + os.urandom(500),
+)
+
+
+async def bad_cycles(address: str, count: int) -> None:
+    """`count` times connect, garbage, disconnect; each tenth gets through the handshake first."""
+    async with trio.open_nursery() as nursery:
+        node, _ = await start(nursery, dht_mode="client")
+        for number in range(count):
+            if number % 10:
+                await knock(port_of(address), OPENINGS[number % len(OPENINGS)])
+            else:
+                await call_and_babble(node, address, (ECHO, DHT_PROTOCOL)[number // 10 % 2])
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_connect_garbage_disconnect_leaves_nothing_behind(count: int) -> None:
+    process = psutil.Process()
+    async with trio.open_nursery() as nursery:
+        host, address = await start(nursery, {ECHO: echo}, upgrade_timeout_s=2)
+        await bad_cycles(address, 100)  # what is kept for good is there after these
+        await quiet(host)
+        fds, tasks = open_fds(), trio.lowlevel.current_statistics().tasks_living
+        rss_bytes = process.memory_info().rss
+        await bad_cycles(address, count)
+        await quiet(host)
+        await until(lambda: trio.lowlevel.current_statistics().tasks_living <= tasks)
+        await until(lambda: open_fds() <= fds)
+        grown = process.memory_info().rss - rss_bytes
+        print(f"{count} cycles: {grown / 2**20:+.1f} MiB")
+        assert grown < 16 * 2**20
+        assert await still_serves(address)
+        nursery.cancel_scope.cancel()
+
+
+async def quiet(host: Network) -> None:
+    """Until nobody is connected and no upgrade waits, both ends of this process counted."""
+    await until(lambda: host.connected_peers() == 0, deadline_s=15)
+    await trio.sleep(2.1)  # upgrades that were begun time out
+    gc.collect()
