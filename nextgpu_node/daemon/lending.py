@@ -71,9 +71,9 @@ class Traffic:
     hash: CiphertextHash = field(default_factory=CiphertextHash)
 
     def count_untrusted(self, body: bytes, direction: str) -> None:
-        self.size_bytes += len(body)
-        if self.size_bytes > self.limit_bytes:
+        if self.size_bytes + len(body) > self.limit_bytes:
             raise RemoteProtocolError(ErrorCode.OVER_LIMIT, f"{direction} bytes")
+        self.size_bytes += len(body)
         self.hash.update(body)
 
 
@@ -380,23 +380,28 @@ class LentUnit:
         while (frames := await self._receive_from_worker()) is not None:
             if self._is_stopping:
                 break
-            passed = self._count_output_untrusted(frames)
-            await self._frames.send_many(passed)
+            passed: list[Frame] = []
+            try:
+                self._count_output_untrusted(frames, passed)
+            finally:
+                # Also where one of them is over the limit: what is counted is what is sent.
+                await self._frames.send_many(passed)
             if passed[-1][0] is FrameKind.END:
                 return core.OutputEnded(self.id)
         return await self._await_exit()
 
-    def _count_output_untrusted(self, frames: list[Frame]) -> list[Frame]:
+    def _count_output_untrusted(self, frames: list[Frame], passed: list[Frame]) -> None:
         """Those up to the worker's END; what it says after that reaches nobody."""
         assert self._running is not None
-        for index, (kind, body) in enumerate(frames):
+        for kind, body in frames:
             if kind not in (FrameKind.DATA, FrameKind.END):
                 raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "from the worker")
+            if kind is FrameKind.DATA:
+                self._running.outbound.count_untrusted(body, "output")
             self._session.sending(kind)
+            passed.append((kind, body))
             if kind is FrameKind.END:
-                return frames[: index + 1]
-            self._running.outbound.count_untrusted(body, "output")
-        return frames
+                return
 
     async def _watch_worker(self) -> core.Event:
         """A worker that has ended while its results wait for a submitter that does not read."""

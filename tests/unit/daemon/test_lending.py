@@ -28,6 +28,7 @@ from nextgpu_protocol.framing import FrameKind, encode_frame
 from nextgpu_protocol.ids import PeerKey, peer_id_from_public_key
 from nextgpu_protocol.limits import MAX_OFFER_LIFETIME_MS
 from nextgpu_protocol.messages import Offer, Receipt, Refusal, UnitRequest
+from nextgpu_protocol.sealing import CiphertextHash
 from tests.support.fake_worker import FakeWorker
 from tests.support.messages import POLICY, PROVIDER, REQUEST, SUBMITTER, header
 
@@ -170,7 +171,7 @@ async def test_a_receipt_that_nobody_reads_is_dropped_after_ten_seconds(
         assert await one.over() <= 11
 
 
-async def test_a_frame_that_is_going_out_when_the_unit_is_cancelled_comes_whole(
+async def test_what_is_going_out_when_the_unit_is_cancelled_comes_whole(
     autojump_clock: trio.testing.MockClock, tmp_path: Path
 ) -> None:
     async with lent(tmp_path) as one:
@@ -181,11 +182,32 @@ async def test_a_frame_that_is_going_out_when_the_unit_is_cancelled_comes_whole(
         await trio.sleep(1)
         rest = FrameStream(one.stream)
         rest._decoder.feed(encode_frame(FrameKind.DATA, bytes(1000))[:100])
-        assert await rest.expect_untrusted(FrameKind.DATA) == bytes(1000)
-        body = await rest.expect_untrusted(FrameKind.RECEIPT)
-        receipt = open_envelope_untrusted(Receipt, body).message
+        bodies = []
+        while (frame := await rest.receive_untrusted()) and frame[0] is FrameKind.DATA:
+            bodies.append(frame[1])
+        assert frame is not None
+        assert set(bodies) == {bytes(1000)}
+        receipt = open_envelope_untrusted(Receipt, frame[1]).message
         assert receipt.status == "cancelled"
-        assert receipt.metering.output_bytes == 1000
+        assert receipt.metering.output_bytes == 1000 * len(bodies)
+
+
+async def test_output_over_its_limit_is_cut_between_frames_and_the_receipt_covers_the_rest(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        await one.take_up()
+        chunk = bytes(REQUEST.output_bytes // 5)
+        await one.worker.inside.send_all(encode_frame(FrameKind.DATA, chunk) * 6)
+        digest, sizes = CiphertextHash(), 0
+        while (frame := await one.frames.receive_untrusted()) and frame[0] is FrameKind.DATA:
+            digest.update(frame[1])
+            sizes += len(frame[1])
+        assert frame is not None
+        receipt = open_envelope_untrusted(Receipt, frame[1]).message
+        assert receipt.status == "over_limit"
+        assert receipt.output_hash == digest.digest()
+        assert receipt.metering.output_bytes == sizes == 5 * len(chunk)
 
 
 async def test_after_a_frame_that_was_cut_nothing_is_sent() -> None:
