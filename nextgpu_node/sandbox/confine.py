@@ -25,8 +25,6 @@ WORKER_FD: Final = 3
 # What the owner sees in a list of processes; the worker can not rename itself.
 _PROCESS_NAME: Final = "nextgpu-worker"
 _HOST_NAME: Final = "worker"
-# The owner's programs, and the daemon, come first.
-_NICENESS: Final = 10
 NAMESPACE_FLAGS: Final = {
     "user": syscalls.CLONE_NEWUSER,
     "mount": syscalls.CLONE_NEWNS,
@@ -134,13 +132,12 @@ def _outer_ids() -> tuple[int, int]:
 
 def _leave_session() -> None:
     """No terminal, a session and a name of its own; first in line when the host runs out of
-    memory, last when it runs out of processor time or disk."""
+    memory, last when its disk is busy.  (Processor time: the launcher, once it has said hello.)"""
     os.setsid()
     os.umask(0o077)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
     _write("/proc/self/oom_score_adj", "1000")
     _write("/proc/self/comm", _PROCESS_NAME)
-    os.nice(_NICENESS)
     syscalls.set_idle_io_priority()
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NoReturn
 
-from nextgpu_node.sandbox import control, seccomp, syscalls
+from nextgpu_node.sandbox import control, image, seccomp, syscalls
 from nextgpu_node.sandbox.confine import WORKER_FD, ConfineError, confine, namespace_flags
 from nextgpu_node.sandbox.layout import read_layout
 from nextgpu_node.sandbox.policy import Plan, decode_plan
@@ -85,6 +85,7 @@ def _harden(channel: socket.socket) -> None:
     # Interrupts from a terminal are the daemon's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _WORKER_ARENAS)
+    image.prepare()
 
 
 def _load(name: str) -> tuple[ModuleType, str]:
@@ -100,7 +101,8 @@ def _load(name: str) -> tuple[ModuleType, str]:
     platform._uname_cache = told  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()
-    _collapse_heap()
+    if not image.share_memory():
+        _collapse_heap()
     return module, runtime
 
 

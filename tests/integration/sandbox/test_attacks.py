@@ -71,7 +71,7 @@ async def _end_of(launcher: Launcher, attack: str, **changes: Any) -> WorkerExit
     policy = SMALL if not changes else type(SMALL)(**{**_fields(), **changes})
     worker = await launcher.spawn(policy)
     await order(worker, attack, {})
-    with trio.fail_after(20):
+    with trio.fail_after(120):
         exit_ = await worker.wait()
     report = await worker.finish()
     assert report.complete, report

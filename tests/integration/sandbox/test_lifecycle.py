@@ -5,6 +5,7 @@ from __future__ import annotations
 # ruff: noqa: PTH208, ASYNC110, ASYNC220, ASYNC240  short looks at /proc, nothing else runs
 import dataclasses
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -77,6 +78,26 @@ async def test_worker_says_hello_and_echoes(tmp_path: Path) -> None:
     assert report.complete
     assert report.tree_killed
     assert report.scratch_gone
+
+
+async def test_a_worker_comes_after_the_owners_programs(tmp_path: Path) -> None:
+    async with running_launcher(tmp_path) as launcher:
+        worker = await launcher.spawn(SMALL)
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(own + 5, 19)
+        assert Path(f"/proc/{worker.pid}/comm").read_text() == "nextgpu-worker\n"
+        await worker.finish()
+
+
+async def test_an_idle_worker_maps_little_of_what_the_launcher_holds(tmp_path: Path) -> None:
+    """Half of everything would be a worker's share, were it not for image.py: 70 MB and more."""
+    async with running_launcher(tmp_path, TORCH_WORKER) as launcher:
+        worker = await launcher.spawn(dataclasses.replace(SMALL, memory_bytes=1024 * MIB))
+        rows = Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines()
+        pss_kib = next(int(row.split()[1]) for row in rows if row.startswith("Pss:"))
+        await worker.finish()
+    if platform.machine() == "x86_64":
+        assert pss_kib < 25_000
 
 
 async def test_finish_is_idempotent_and_safe_from_two_tasks(tmp_path: Path) -> None:
