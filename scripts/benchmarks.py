@@ -6,6 +6,7 @@
     idle        a daemon at rest: memory, processor time, and that torch is not loaded
     demo        the phases of scripts/demo
     programs    steps of five models beside eager torch in the same process
+    sandbox     workers: birth, memory, wipe, and the daemon under bombs (bench_sandbox.py)
     submit      an Executor beside Dask with TLS and Ray (bench_submit.py)
 
 Every figure of one run is taken on the same machine in the same minutes: read the ratios.
@@ -446,6 +447,16 @@ def demo() -> dict[str, Any]:
     return {"first": runs[0], "second": runs[1]}
 
 
+def sandbox() -> dict[str, Any]:
+    """The launcher by itself, then a daemon while five units do their worst."""
+    from scripts import bench_sandbox as bench
+
+    figures = trio.run(bench.measure, milliseconds)
+    with network_of_three(bench.BOMB_SETTINGS) as nodes:
+        figures["status"] = trio.run(bench.status_under_bombs, nodes, milliseconds)
+    return figures
+
+
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -476,6 +487,8 @@ def main() -> None:
         from scripts.bench_submit import submit
 
         figures = submit()
+    elif arguments.name == "sandbox":
+        figures = sandbox()
     else:
         measure = {
             "roundtrip": roundtrip,
