@@ -355,8 +355,7 @@ def _device(offer: Offer) -> str:
 
 def _wiped(receipt: Receipt) -> str:
     """In the words of the receipt: a claim that the peer signed, no proof."""
-    failed = [step.name for step in receipt.wipe if not step.held]
-    if failed or not receipt.wipe:
+    if receipt.failed_wipe_steps or not receipt.wipe:
         return "the peer does not claim that the worker's state is gone"
     return "the peer signs that the worker and its scratch space are gone"
 

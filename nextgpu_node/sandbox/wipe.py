@@ -6,12 +6,13 @@ for.  A worker writes to its own tmpfs alone, which the kernel frees with the mo
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
+
+from nextgpu_protocol.messages import OWNER_WIPE_STEPS
 
 _PROC: Final = Path("/proc")
 _MOUNT_NAMES: Final = ("nextgpu-root", "nextgpu-scratch")
@@ -19,8 +20,6 @@ _SESSION_FIELD: Final = 3  # of /proc/pid/stat, counted behind the command's clo
 
 Answer = Literal["yes", "no", "unknown"]
 Steps = tuple[tuple[str, bool], ...]
-# What this software can not bring about by itself: told in every receipt, no failure of a wipe.
-HOST_STEPS: Final = ("no-swap", "memory-cleared-on-free")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class WipeReport:
     @property
     def failed(self) -> list[str]:
         """The steps that should have held and did not."""
-        return [name for name, held in self.steps if not held and name not in HOST_STEPS]
+        return [name for name, held in self.steps if not held and name not in OWNER_WIPE_STEPS]
 
     @property
     def complete(self) -> bool:
@@ -53,7 +52,7 @@ def look(pid: int, reaped: bool, remains: Steps, no_swap: Answer) -> WipeReport:
         tree_killed = tree_killed and alone
     no_mounts = mounts_left() == 0
     steps += [("no-mount-on-host", no_mounts), *remains]
-    steps += [("no-swap", no_swap == "yes"), ("memory-cleared-on-free", memory_is_cleared())]
+    steps.append(("no-swap", no_swap == "yes"))
     return WipeReport(tree_killed, reaped, tree_killed and no_mounts, no_swap, tuple(steps))
 
 
@@ -71,14 +70,6 @@ def is_gone(pidfd: int) -> bool:
 def sees_all_processes() -> bool:
     """Whether /proc shows other users' processes (not under hidepid=, ProtectProc=)."""
     return Path(_PROC, "1").exists()
-
-
-def memory_is_cleared() -> bool:
-    """Whether this kernel was booted to clear memory as it is freed; otherwise it is cleared when
-    another process gets it."""
-    with contextlib.suppress(OSError):
-        return "init_on_free=1" in Path("/proc/cmdline").read_text().split()
-    return False
 
 
 def session_members(session: int) -> list[int]:

@@ -161,6 +161,11 @@ class WipeStep:
     held: bool
 
 
+# How the machine was set up by its owner, not something that is done after a unit.  A receipt tells
+# it, and a unit counts as wiped all the same.
+OWNER_WIPE_STEPS = ("no-swap",)
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """Signed evidence, by the provider, of what it did with one unit.  Not proof of deletion."""
@@ -174,6 +179,11 @@ class Receipt:
     isolation: tuple[str, ...]
     wipe: tuple[WipeStep, ...]
     finished_at_ms: int
+
+    @property
+    def failed_wipe_steps(self) -> list[str]:
+        """Steps that the provider says did not hold, but for those that are its owner's alone."""
+        return [s.name for s in self.wipe if not s.held and s.name not in OWNER_WIPE_STEPS]
 
     def validate(self) -> None:
         _exact("Receipt.unit_id", self.unit_id, UNIT_ID_BYTES)

@@ -16,9 +16,11 @@ from nextgpu_node.hostinfo.checks import (
     check_clock,
     check_disk,
     check_driver,
+    check_freed_memory,
     check_host,
     check_idle_source,
     check_open_files,
+    check_swap,
     check_torch,
     clock_synchronised,
     find_idle_sources,
@@ -132,3 +134,12 @@ def test_idle_sources_are_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/tty1").touch()
     assert find_idle_sources(tmp_path) == ["logind", "X11", "tty"]
+
+
+def test_memory_that_is_cleared_late_and_swap_are_told_with_their_remedies() -> None:
+    assert check_freed_memory("quiet init_on_free=1").ok
+    late = check_freed_memory("quiet init_on_free=10")
+    assert (late.ok, "init_on_free=1" in late.remedy) == (None, True)
+    assert check_swap(0).ok
+    assert check_swap(1).ok is None
+    assert "swapoff" in check_swap(1).remedy
