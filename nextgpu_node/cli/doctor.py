@@ -9,7 +9,7 @@ from nextgpu_node.api_types import StatusReply
 from nextgpu_node.cli.context import Context, Ctx
 from nextgpu_node.config import SharingConfig, load_config
 from nextgpu_node.errors import ConfigError, DaemonUnreachable
-from nextgpu_node.hostinfo.checks import Check, check_host
+from nextgpu_node.hostinfo.checks import Check, check_host, check_remains
 from nextgpu_node.sandbox.policy import STRONGEST, TIERS, Tier
 from nextgpu_node.sandbox.probe import SandboxReport, probe
 from nextgpu_node.sdk.api_client import ApiClient
@@ -25,6 +25,7 @@ async def doctor(*, ctx: Ctx) -> int:
         config_check,
         *check_host(ctx.paths),
         *_check_sandbox(probe(), sharing),
+        *check_remains(),
         *await _check_daemon(ctx),
     ]
     if ctx.out.json:

@@ -60,9 +60,15 @@ def check_host(paths: Paths) -> list[Check]:
         check_disk(free_disk_bytes(paths.state_dir)),
         check_clock(datetime.now(UTC), synchronised=clock_synchronised()),
         check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
+        check_idle_source(find_idle_sources(Path("/"))),
+    ]
+
+
+def check_remains() -> list[Check]:
+    """What this machine may keep of a unit after its worker's end."""
+    return [
         check_freed_memory(_read(Path("/proc/cmdline"))),
         check_swap(max(0, len(_read(Path("/proc/swaps")).splitlines()) - 1)),
-        check_idle_source(find_idle_sources(Path("/"))),
     ]
 
 
