@@ -86,11 +86,12 @@ def _tried(case: Case, model: Model) -> dict[str, Any]:
     }
 
 
-def run(results: Path, only: list[str]) -> list[dict[str, Any]]:
+def run(results: Path, only: list[str], part: str) -> list[dict[str, Any]]:
+    which, of = map(int, part.split("/"))
     done = _read(results)
     with results.open("a") as file:
         for section, cases in SECTIONS.items():
-            for case in _mixed(cases):
+            for case in _mixed(cases)[which::of]:
                 key = f"{section}/{case.name}"
                 if key in done or (only and not {case.name, section} & set(only)):
                     continue
@@ -179,14 +180,15 @@ def _short(error: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="names of cases or sections")
+    parser.add_argument("--part", default="0/1", help="0/2 and 1/2: two runs side by side")
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "coverage.jsonl")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     signal.signal(signal.SIGALRM, _give_up)
     arguments.results.parent.mkdir(exist_ok=True)
-    rows = run(arguments.results, arguments.only)
-    if not arguments.only:
+    rows = run(arguments.results, arguments.only, arguments.part)
+    if not arguments.only and arguments.part == "0/1":
         PAGE.write_text(page(rows))
 
 

@@ -35,7 +35,8 @@ class Line:
     code: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.number} in {self.function}: {self.code}".rstrip(": ")
+        place = f"{self.path}:{self.number} in {self.function}"
+        return f"{place}: {self.code}" if self.code else place
 
     @property
     def is_machinery(self) -> bool:
@@ -68,12 +69,18 @@ def describe_place(lines: Sequence[Line], layer: str = "") -> str:
     shown = [line for line in lines if not line.is_machinery]
     own = [line for line in shown if not line.is_library]
     if not shown:
-        return layer or "an unknown line"
+        return layer or _layer_of_torch(lines) or "an unknown line"
     if not own:
         return str(shown[-1])
     if shown[-1] is own[-1]:
         return str(own[-1])
     return f"{own[-1]}\n  reached {shown[-1]}"
+
+
+def _layer_of_torch(lines: Sequence[Line]) -> str:
+    """The function of torch.nn, where the submitter's model has no line of its own."""
+    inside = [line for line in lines if line.path.startswith(f"{_TORCH}nn/")]
+    return f"torch.nn, {inside[-1].function}: {inside[-1].code}" if inside else ""
 
 
 def refuse_line(lines: Sequence[Line], what: str, remedy: str, layer: str) -> NoReturn:
