@@ -22,7 +22,18 @@ from torch.utils import _pytree as pytree
 
 _MAX_DEPTH = 16
 # Nothing to find in these, though they have attributes.
-_CLOSED = (torch.nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, Enum)
+_CLOSED = (
+    torch.SymInt,
+    torch.SymFloat,
+    torch.SymBool,
+    torch.nn.Module,
+    type,
+    ModuleType,
+    FunctionType,
+    MethodType,
+    BuiltinFunctionType,
+    Enum,
+)
 
 
 @dataclass(frozen=True, slots=True)

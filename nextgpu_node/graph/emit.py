@@ -43,7 +43,7 @@ _aten = torch.ops.aten
 Value = Any
 
 # Checks that tracing wrote down; the machine checks shapes and dtypes itself.
-_CHECKS: frozenset[OpOverload] = frozenset(
+CHECKS: frozenset[OpOverload] = frozenset(
     {
         _aten._assert_async.msg,
         _aten._assert_async.default,
@@ -114,10 +114,10 @@ INLINED: frozenset[HigherOrderOperator] = frozenset(
 
 # What emission deals with though the table does not have it.
 HANDLED: frozenset[OpOverload] = (
-    _CHECKS | _COPIES | _RENAMED.keys() | {_INFERENCE_BATCH_NORM} | DRAWS
+    CHECKS | _COPIES | _RENAMED.keys() | {_INFERENCE_BATCH_NORM} | DRAWS
 )
 
-_SIZE_CALLS: dict[Callable[..., Any], str] = {
+SIZE_CALLS: dict[Callable[..., Any], str] = {
     operator.add: "sym.add",
     operator.sub: "sym.sub",
     operator.mul: "sym.mul",
@@ -181,6 +181,7 @@ class Emitter:
     draws: Draws = field(default_factory=Draws)
     _drafts: list[_Draft] = field(default_factory=list)
     _count: int = 0
+    _checks: list[Ref] = field(default_factory=list)
 
     def add_input(self) -> Ref:
         """A new input value."""
@@ -212,6 +213,10 @@ class Emitter:
         self._count += len(kinds)
         self._drafts.append(_Draft(op, args, tuple(sorted(kwargs.items())), kinds, first))
         return Ref(first)
+
+    def append_check(self, condition: Argument) -> None:
+        """A condition on sizes without which no step runs; nothing reads it, and it stays."""
+        self._checks.append(self.append("sym.check", (condition,), BOOL))
 
     def finish(self, order: Sequence[Sequence[Ref]], outputs: Sequence[Ref]) -> tuple[Graph, int]:
         """The graph that computes `outputs`, and the newest table version that it needs.
@@ -245,7 +250,7 @@ class Emitter:
         return lambda ref: ref.index in live
 
     def _live(self, outputs: Sequence[Ref]) -> set[int]:
-        live = {ref.index for ref in outputs}
+        live = {ref.index for ref in (*outputs, *self._checks)}
         for draft in reversed(self._drafts):
             if not live.isdisjoint(range(draft.first, draft.first + len(draft.kinds))):
                 for argument in (*draft.args, *(one for _, one in draft.kwargs)):
@@ -258,14 +263,14 @@ class Emitter:
         target: Any = node.target
         if target is operator.getitem:
             return _read(node.args[0], values)[node.args[1]]
-        if target in _CHECKS:
+        if target in CHECKS:
             return None
         args = [_read(argument, values) for argument in node.args]
         kwargs = {name: _read(argument, values) for name, argument in node.kwargs.items()}
         if isinstance(target, HigherOrderOperator):
             return self._inline(node, target, args)
-        if target in _SIZE_CALLS:
-            return self._size_call(node, _SIZE_CALLS[target], args)
+        if target in SIZE_CALLS:
+            return self._size_call(node, SIZE_CALLS[target], args)
         if not isinstance(target, OpOverload):
             _refuse(node, str(target))
         return self._operator(node, target, args, kwargs)

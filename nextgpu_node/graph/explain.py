@@ -25,6 +25,10 @@ _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n[ \t]*([^\n]*)')
 
 
+# Where torch writes the stack of the traced line into its message.
+_INSIDE = re.compile(r"(?:call raised this error|Original traceback):\n(.*)", re.DOTALL)
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One line of code that was running."""
@@ -91,10 +95,12 @@ def tracing_failed(exc: Exception) -> ProgramError:
     """The submitter's words for what torch.export raised."""
     lines = lines_of_error(exc)
     text = str(exc).strip()
+    if inside := re.search(
+        r"(following call raised this error|Original traceback):\n(.*)", text, re.DOTALL
+    ):
+        lines = lines_of_trace(inside.group(2)) or lines
     for pattern, what, remedy in _KNOWN:
-        if re.search(pattern, text):
-            if inside := re.search(r"The following call raised this error:\n(.*)", text, re.DOTALL):
-                lines = lines_of_trace(inside.group(1)) or lines
+        if re.search(pattern, f"{type(exc).__name__}: {text}"):
             return ProgramError(f"{describe_place(lines)}\n  {what}; {remedy}.")
     reason = text.partition("\n")[0] or type(exc).__name__
     return ProgramError(
@@ -106,7 +112,8 @@ def tracing_failed(exc: Exception) -> ProgramError:
 _BRANCH = "torch.where chooses between values; a choice between programs is made before export"
 _KNOWN: tuple[tuple[str, str, str], ...] = (
     (
-        r"(specialized integer|int\(\)|TruncToInt|Pending unbacked|unbacked symbol)",
+        r"specialized integer|int\(\)|Cannot cast FakeTensor|TruncToInt|[Uu]nbacked|"
+        r"DataDependentOutputException|DynamicOutputShapeException",
         "could not follow the model: a size or a Python number depends on a tensor's values",
         "keep it a tensor, or pass it as a Python number in the example inputs, which fixes it",
     ),

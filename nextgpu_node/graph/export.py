@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from traceback import FrameSummary
 from typing import Any
 
+import sympy
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -41,11 +43,21 @@ from nextgpu_node.graph.calls import (
 from nextgpu_node.graph.draws import STATE_NAME
 from nextgpu_node.graph.emit import Emitter
 from nextgpu_node.graph.explain import Line, tracing_failed
-from nextgpu_node.graph.lower import lower, quiet
+from nextgpu_node.graph.guards import NotArithmeticError, emit_check, guards_of
+from nextgpu_node.graph.lower import drop_checks, lower, quiet
 from nextgpu_node.graph.random_numbers import make_state
 from nextgpu_node.graph.recurrent import StandIns
 from nextgpu_node.graph.tensors import DTYPE_NAMES, spec_of
-from nextgpu_protocol.program import Dimension, DType, ProgramSpec, Ref, Symbol, TensorSpec
+from nextgpu_protocol.program import (
+    INT,
+    Argument,
+    Dimension,
+    DType,
+    ProgramSpec,
+    Ref,
+    Symbol,
+    TensorSpec,
+)
 from nextgpu_protocol.program_limits import MAX_DIMENSION
 
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.\-/]")
@@ -156,6 +168,7 @@ def _trace(
     except Exception as exc:
         raise tracing_failed(exc) from exc
     _check_sizes(exported, names)
+    drop_checks(exported)
     return exported, names
 
 
@@ -329,6 +342,7 @@ class _Assembly:
         self._carry: dict[str, tuple[Ref, torch.Tensor]] = {}
         self._xs: list[tuple[Ref, TensorSpec]] = []
         self._symbols: dict[Any, str] = {}
+        self._sized: list[tuple[Ref, int, Any]] = []
         signature = exported.graph_signature
         self._mutated = {
             *signature.buffers_to_mutate.values(),
@@ -337,6 +351,7 @@ class _Assembly:
 
     def program(self, stop: str | None, seed: int) -> Program:
         given = self._inputs()
+        self._check_guards()
         outputs = self._emitter.walk(self._exported.graph_module, given)
         carry_refs, ys = self._outputs(outputs)
         carry_refs += self._random_state(seed)
@@ -398,6 +413,11 @@ class _Assembly:
         if tensor is None:
             tensor = self._exported.constants[target]
         tensor = tensor.detach()
+        if is_fake(tensor):
+            raise ProgramError(
+                f"{target} is made while the model is traced (by torch.func, say), so its values "
+                "are not known; make it before, as a buffer or an input."
+            )
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise ProgramError(f"{target} holds no dense data: load the model's weights first.")
         if tensor.dtype not in DTYPE_NAMES:
@@ -430,9 +450,37 @@ class _Assembly:
             raise ProgramError(f"The input {path} is {fake.dtype}, which programs do not carry.")
         shape = tuple(self._name_size(path, dim, size) for dim, size in enumerate(fake.shape))
         ref = self._emitter.add_input()
+        self._sized += [
+            (ref, dim, size.node.expr)
+            for dim, size in enumerate(fake.shape)
+            if isinstance(size, torch.SymInt) and not size.node.expr.is_number
+        ]
         name = _unique(_clean(path), {one.name for _, one in self._xs})
         self._xs.append((ref, TensorSpec(name, DTYPE_NAMES[fake.dtype], shape)))
         return ref
+
+    def _check_guards(self) -> None:
+        """What the trace took for granted about sizes is checked before each step."""
+        placeholders = [one for one in self._exported.graph.nodes if one.op == "placeholder"]
+        sizes: dict[Any, Argument] = {}
+        conditions: list[Any] = guards_of([one.meta.get("val") for one in placeholders])
+        for ref, dim, expression in self._sized:
+            size = self._emitter.append("aten.sym_size.int", (ref, dim), INT)
+            if expression.is_Symbol:
+                sizes.setdefault(expression, size)
+            else:
+                # A size that is a multiple, say, of another's: known under a name of its own.
+                known = sympy.Symbol(f"size_{len(sizes)}")
+                sizes[known] = size
+                conditions.append(sympy.Eq(known, expression))
+        for condition in conditions:
+            try:
+                emit_check(self._emitter, condition, sizes)
+            except NotArithmeticError as exc:
+                raise ProgramError(
+                    f"The model works only where {condition}, which a program can not check. "
+                    "Leave one of these sizes out of dynamic."
+                ) from exc
 
     def _name_size(self, path: str, dim: int, size: Any) -> Dimension:
         if isinstance(size, int):

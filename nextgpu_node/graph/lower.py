@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 
 from nextgpu_node.graph.draws import rules_for
-from nextgpu_node.graph.emit import GROUPED_MM, HANDLED, INLINED
+from nextgpu_node.graph.emit import CHECKS, GROUPED_MM, HANDLED, INLINED, SIZE_CALLS
 from nextgpu_node.graph.explain import tracing_failed
 from nextgpu_node.graph.optable import TABLE
 from nextgpu_node.graph.rules import RULES, RULES_BY_NAME, RULES_OUTSIDE_THE_TABLE
@@ -46,6 +47,25 @@ def lower(exported: ExportedProgram) -> ExportedProgram:
             break
         table |= found
     return exported
+
+
+def drop_checks(exported: ExportedProgram) -> None:
+    """Take out, in place, what only asserts something about values, and what only that reads.
+
+    Tracing a second time would want the values.
+    """
+    for module in _graphs(exported):
+        for node in reversed(module.graph.nodes):
+            if node.op != "call_function" or node.users:
+                continue
+            if node.target in CHECKS or _has_no_effect(node.target):
+                module.graph.erase_node(node)
+        module.recompile()
+
+
+def _has_no_effect(target: Any) -> bool:
+    is_operator = isinstance(target, OpOverload) and not is_mutable(target)
+    return is_operator or target in SIZE_CALLS
 
 
 @contextlib.contextmanager
@@ -76,11 +96,14 @@ def _is_lowered(exported: ExportedProgram) -> bool:
     writes out in place."""
     targets = {node.target for node in _calls(exported)}
     regions = {one for one in targets if isinstance(one, HigherOrderOperator)}
+    # Of torch.func: they act on the tracing itself, which a second one settles.
+    others = {one for one in targets if not isinstance(one, (OpOverload, HigherOrderOperator))}
     return (
         not exported.graph_signature.buffers_to_mutate
         and not exported.graph_signature.parameters_to_mutate
         and not any(is_mutable(one) for one in targets)
         and regions <= INLINED
+        and others <= {operator.getitem, *SIZE_CALLS}
         and not _unknown(exported)
         and not _rules_outside_the_table(exported)
     )
@@ -91,9 +114,14 @@ def is_mutable(target: Any) -> bool:
 
 
 def _calls(exported: ExportedProgram) -> Iterator[torch.fx.Node]:
+    for module in _graphs(exported):
+        yield from (node for node in module.graph.nodes if node.op == "call_function")
+
+
+def _graphs(exported: ExportedProgram) -> Iterator[torch.fx.GraphModule]:
     for module in exported.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
-            yield from (node for node in module.graph.nodes if node.op == "call_function")
+            yield module
 
 
 def _unknown(exported: ExportedProgram) -> set[OpOverload]:

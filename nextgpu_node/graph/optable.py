@@ -1038,6 +1038,12 @@ def _choose(condition: bool, yes: float, no: float) -> float:
     return yes if condition else no
 
 
+def _check_sizes(condition: bool) -> bool:
+    if not condition:
+        raise ValueError("the program was not exported for inputs of these sizes")
+    return True
+
+
 def _identity_size(tensor: torch.Tensor, dim: int) -> int:
     return tensor.shape[dim]
 
@@ -1074,6 +1080,7 @@ _SIZES: dict[str, tuple[Callable[..., Any], tuple[str, ...], str]] = {
     "sym.ceil": (math.ceil, ("left",), "i"),
     "sym.round": (round, ("left",), "i"),
     "sym.sqrt": (math.sqrt, ("left",), "f"),
+    "sym.check": (_check_sizes, ("condition",), "b"),
     "sym.ite": (_choose, ("condition", "yes", "no"), "ifb"),
 }
 

@@ -1,5 +1,6 @@
 """Models of several kinds, exported, run as a worker would run them, and compared with eager."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,66 @@ def test_a_size_out_of_its_range_is_refused():
     assert program.spec.symbols[0].maximum == 8
     with pytest.raises(Exception, match="n is 9"):
         run_local(program, torch.randn(9, 2))
+
+
+def even(x):
+    return x * 2 if x.shape[0] % 2 == 0 else x * 3
+
+
+def longer(x, y):
+    return x.sum() * 2 + y.sum() if x.shape[0] > y.shape[0] else x.sum() + y.sum()
+
+
+def not_five(x):
+    return x * 2 if x.shape[0] != 5 else x * 3
+
+
+def doubled(x, y):
+    return x.view(-1, 2).sum(1) + y
+
+
+@pytest.mark.parametrize(
+    ("function", "example", "works", "fails"),
+    [
+        (even, (4,), (6,), (3,)),
+        (longer, (4, 3), (9, 2), (3, 7)),
+        (not_five, (4,), (6,), (5,)),
+        (doubled, (8, 4), (6, 3), (6, 4)),
+    ],
+)
+def test_a_branch_on_sizes_is_checked_at_other_sizes(function, example, works, fails):
+    def inputs(sizes):
+        return [torch.arange(float(size)) for size in sizes]
+
+    names = [{0: name} for name in ("n", "m")][: len(example)]
+    program = export(function, inputs(example), dynamic=names)
+    assert torch.equal(run_local(program, *inputs(works))["output"], function(*inputs(works)))
+    with pytest.raises(Exception, match=r"sizes|n is|m is"):
+        run_local(program, *inputs(fails))
+
+
+def test_checks_of_values_are_left_out():
+    def checked(x):
+        torch._check_tensor_all(x > 0)
+        return x * 2
+
+    program = export(checked, (torch.ones(3),))
+    assert run_local(program, torch.ones(3))["output"].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_graph_taken_apart_for_one_device_runs_on_any():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        taken_apart = torch.export.export(attention, (x, x, x)).run_decompositions()
+    program = export(taken_apart)
+    ops = {node.op for node in program.spec.step.nodes}
+    assert not any("flash" in op for op in ops)
+    with torch.no_grad():
+        expected = attention(x, x, x)
+    for result, wanted in zip(run_local(program, x, x, x).values(), expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=1e-6)
 
 
 def test_an_exported_program_of_the_submitter_is_taken():

@@ -78,3 +78,17 @@ def test_outputs_are_tensors_or_lists_of_tensors():
 def test_a_row_is_under_its_own_name():
     assert all(row.op == name for name, row in TABLE.items())
     assert all(str(op) in TABLE for op in overloads())
+
+
+def test_a_grouped_product_clamps_the_ends_of_a_stranger():
+    grouped = TABLE["nextgpu.grouped_mm"].call
+    tokens, weights = (
+        torch.ones(4, 2),
+        torch.ones(3, 2, 5) * torch.tensor([1.0, 2, 3])[:, None, None],
+    )
+    result = grouped(tokens, weights, torch.tensor([1, 3, 3]))
+    assert result[:, 0].tolist() == [2, 4, 4, 0]
+    for ends in ([-(2**62), 2**62, 0], [9, -1, 2], [3, 1, 4]):
+        result = grouped(tokens, weights, torch.tensor(ends))
+        assert result.shape == (4, 5)
+        assert set(result.unique().tolist()) <= {0, 2, 4, 6}
