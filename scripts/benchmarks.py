@@ -317,6 +317,7 @@ async def one_sealed(
     """Seconds, and processor seconds of each of the four processes."""
     program = export(module, (given,))
     step = {program.spec.xs[0].name: given}
+    await nodes.wait_idle()
     async with opened(client, program) as (unit, events):
         await wait_for(events, Started)
         pids = {"process": os.getpid(), "submitter": nodes.submitter.pid}
@@ -340,6 +341,7 @@ async def first_byte(nodes: Trio, client: Client) -> dict[str, float]:
     (peer,) = await client.find_peers(Needs())
     seconds: list[float] = []
     for _ in range(20):
+        await nodes.wait_idle()
         await trio.sleep(0.3)
         with timed(seconds):
             socket = nodes.submitter.paths.units_socket

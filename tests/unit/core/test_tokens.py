@@ -120,6 +120,13 @@ def test_deny_wins_over_a_token_and_over_every_setting() -> None:
         assert Desk(book, policy).code(held) is ErrorCode.NOT_ALLOWED
 
 
+def test_a_denied_peer_learns_nothing_about_its_token() -> None:
+    _, book = issued()
+    denied = frozenset({peer_id_from_public_key(SUBMITTER_KEY)})
+    desk = Desk(book, replace(POLICY, serve="tokens", deny=denied))
+    assert desk.code(None, changes={"token": b"no token"}) is ErrorCode.NOT_ALLOWED
+
+
 def test_earlier_keys_are_names_of_the_peer_in_every_list() -> None:
     held, book = issued(audience=STRANGER_KEY)
     former = {"former_keys": frozenset({STRANGER_KEY})}
@@ -249,6 +256,18 @@ def test_a_part_that_was_handed_on_comes_out_of_the_whole() -> None:
     assert isinstance(desk.ask(part), core.SpawnWorker)
     assert desk.code(part, changes={"max_seconds": 1}) is ErrorCode.TOKEN_SPENT
     assert desk.code(held, changes={"max_seconds": 41}) is ErrorCode.TOKEN_SPENT
+    assert isinstance(desk.ask(held, changes={"max_seconds": 40}), core.SpawnWorker)
+
+
+def test_a_part_is_spent_by_itself_too() -> None:
+    held, book = issued()
+    part = attenuate_token(held, replace(ALLOWS, gpu_seconds=60), b"2" * 32)
+    desk = Desk(book)
+    desk.ask(part)
+    desk.start()
+    desk.tell(core.ReservationSaved(1))
+    desk.finish(60_000)
+    assert desk.code(part, changes={"max_seconds": 1}) is ErrorCode.TOKEN_SPENT
     assert isinstance(desk.ask(held, changes={"max_seconds": 40}), core.SpawnWorker)
 
 
