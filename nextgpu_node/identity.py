@@ -302,7 +302,6 @@ class _Store:
                 file.flush()
                 os.fsync(file.fileno())
             if replace:
-                self._check_replaceable(path)
                 os.rename(draft, path.name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
             else:
                 with suppress(FileExistsError):
@@ -311,10 +310,6 @@ class _Store:
             with suppress(FileNotFoundError):
                 os.unlink(draft, dir_fd=dir_fd)
         os.fsync(dir_fd)
-
-    def _check_replaceable(self, path: Path) -> None:
-        """A link or another user's file in the key's place is a sign that something is wrong."""
-        self._read_private(path, MAX_MESSAGE_BYTES)
 
     def _read_private(self, path: Path, most_bytes: int) -> bytes | None:
         """The content, or None where there is no file.  What was checked is what is read: one
