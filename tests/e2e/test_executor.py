@@ -359,6 +359,7 @@ def run_script(
     )
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_without_a_shutdown_and_finishes_its_calls(
     nodes: Trio, program_file: Path
 ) -> None:

@@ -225,6 +225,7 @@ def test_code_is_confined_as_a_program_is(executor: Executor) -> None:
     assert {name: end for name, end in outcomes.items() if end == "OPEN"} == {}
 
 
+@pytest.mark.slow
 def test_the_same_attempts_succeed_without_the_sandbox() -> None:
     """What is tried can be done: here most of it is."""
     code = (
@@ -308,9 +309,6 @@ def test_a_script_leaves_its_files_in_the_output_directory(
     files = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
     assert files == {"experiment.py", "results/deep/er/numbers.txt", "results/empty"}
     assert (tmp_path / "results/deep/er/numbers.txt").read_text() == "1 2 3"
-    again = run_script(allowing, script, tmp_path / "results", "--epochs", "0")
-    assert again.returncode == 2
-    assert "not empty" in again.stderr
     failed = run_script(allowing, script, tmp_path / "other", "--epochs", "3")
     assert failed.returncode == 1
     assert "code 3" in failed.stderr

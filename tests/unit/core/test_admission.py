@@ -142,3 +142,21 @@ def test_the_rate_limit_counts_one_submitter_in_one_minute() -> None:
     assert caught.value.code is ErrorCode.RATE_LIMITED
     limiter.check(other, now_ms=59_999)
     limiter.check(one, now_ms=60_001)
+
+
+def test_python_runs_for_the_named_alone_whatever_else_is_allowed() -> None:
+    python = request(kind="python")
+    assert code_of(python, POLICY) is ErrorCode.PYTHON_NOT_ALLOWED
+    for changes in (
+        {"serve": "everyone"},
+        {"allow": frozenset({SUBMITTER_ID})},
+        {"python_allow": frozenset({STRANGER_ID})},
+    ):
+        assert code_of(python, replace(POLICY, **changes)) is ErrorCode.PYTHON_NOT_ALLOWED
+    named = replace(POLICY, python_allow=frozenset({SUBMITTER_ID}))
+    assert check_policy(python, named, table_version=1, used_slots=0)
+    denied = replace(named, deny=frozenset({SUBMITTER_ID}))
+    assert code_of(python, denied) is ErrorCode.NOT_ALLOWED
+    # Being named for code is no way in for programs where others are listed.
+    listed = replace(named, allow=frozenset({STRANGER_ID}))
+    assert code_of(request(), listed) is ErrorCode.NOT_ALLOWED
