@@ -68,6 +68,7 @@ _STATUS_OF_EXIT_CODE: Final = {
     5: HTTPStatus.FORBIDDEN,
     6: HTTPStatus.GATEWAY_TIMEOUT,
     7: HTTPStatus.BAD_GATEWAY,
+    130: HTTPStatus.CONFLICT,
 }
 
 _SENTENCES: Final[dict[int, str]] = {

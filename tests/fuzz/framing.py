@@ -39,7 +39,7 @@ def _read(pieces: Iterable[bytes]) -> tuple[list[Frame], str | None]:
                 frames.append(frame)
         except RemoteProtocolError as exc:
             return frames, str(exc)
-        held = len(decoder._buffer)  # a bound that no public name shows
+        held = decoder._held  # a bound that no public name shows
         assert held < _FRAME_HEAD_BYTES + MAX_FRAME_BYTES
     return frames, None
 

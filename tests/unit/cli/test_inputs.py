@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from nextgpu_node.cli.inputs import load_program, prepare_steps, read_tensors
-from nextgpu_node.errors import NextGPUError, UsageError
+from nextgpu_node.errors import NextGPUError, ProgramError, UsageError
 from nextgpu_protocol.program import Graph, ProgramSpec, Symbol, TensorSpec
 
 SPEC = ProgramSpec(
@@ -92,7 +92,7 @@ def test_a_file_that_can_not_be_read_is_said_so(tmp_path: Path) -> None:
         read_tensors(tmp_path / "none")
     with pytest.raises(UsageError, match="can not be read: Is a directory"):
         read_tensors(tmp_path)
-    with pytest.raises(UsageError, match="can not be read: No such file"):
+    with pytest.raises(ProgramError, match="can not be read: No such file"):
         load_program(tmp_path / "none")
 
 
