@@ -50,7 +50,7 @@ from nextgpu_protocol.limits import (  # noqa: E402
 from nextgpu_protocol.sealing import CiphertextHash, KeyPair, Opener, Sealer  # noqa: E402
 from tests.support.nodes import Trio, network_of_three  # noqa: E402
 
-NAMES = ("roundtrip", "transfer", "sealing", "idle", "demo", "submit", "programs")
+NAMES = ("roundtrip", "transfer", "sealing", "idle", "demo", "submit", "sandbox", "programs")
 FRESH_UNITS = 40
 CALLS = 1000
 IDLE_S = 30

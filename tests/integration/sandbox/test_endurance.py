@@ -60,7 +60,7 @@ async def test_leftovers_of_another_boot_are_removed_and_nobody_is_killed_for_th
     tmp_path: Path,
 ) -> None:
     """After a power loss the process id in the state file is anybody's."""
-    with subprocess.Popen(["sleep", "60"]) as stranger:
+    with subprocess.Popen(["sleep", "60"]) as stranger:  # noqa: ASYNC220
         state = {
             "boot": "0" * 32,
             "zygote_pid": stranger.pid,
