@@ -52,11 +52,12 @@ def _convolution_backward_shape(
     window = (stride, padding, dilation, transposed, output_padding, groups)
     result = _aten.convolution.default(input, weight, None, *window)
     _match("grad_output", grad_output, result)
-    channels = result.shape[1] if result.dim() == input.dim() else 0
-    if bias_sizes is not None and list(bias_sizes) != [channels]:
-        raise ValueError("bias_sizes is not the number of channels")
     if len(output_mask) != 3:
         raise ValueError("output_mask has not three items")
+    channels = result.shape[-weight.dim() + 1]
+    # torch says [0] for a convolution without bias, whose gradient nobody asks for.
+    if list(bias_sizes or [0]) != [channels] and (output_mask[2] or list(bias_sizes or [0]) != [0]):
+        raise ValueError("bias_sizes is not the number of channels")
     made = (torch.empty_like(input), torch.empty_like(weight), input.new_empty([channels]))
     return tuple(one if wanted else None for one, wanted in zip(made, output_mask, strict=True))
 
