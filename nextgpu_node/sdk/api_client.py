@@ -31,6 +31,7 @@ from nextgpu_node.api_types import (
 from nextgpu_node.errors import (
     DaemonUnreachable,
     IntegrityError,
+    JobCancelled,
     JobTimeout,
     NextGPUError,
     NoPeerFound,
@@ -48,6 +49,7 @@ _ERROR_OF_EXIT_CODE: Final[dict[int, type[NextGPUError]]] = {
     Refused.exit_code: Refused,
     JobTimeout.exit_code: JobTimeout,
     IntegrityError.exit_code: IntegrityError,
+    JobCancelled.exit_code: JobCancelled,
 }
 
 _Reply = TypeVar("_Reply")
