@@ -525,6 +525,7 @@ _WORKSPACE: dict[str, Workspace] = {
     "aten.col2im.default": _times(1),
     "aten.bilinear.default": _times(3),
     "aten.gelu_backward.default": _packed,
+    "aten._linalg_svd.default": _times(4),
     "aten.cov.default": _times(4),
     "aten.corrcoef.default": _times(4),
 }

@@ -100,6 +100,10 @@ class Machine:
 
         The carry before it is let go as it is read: after a step that failed there is none.
         """
+        return self.step_and_release({**xs})
+
+    def step_and_release(self, xs: dict[str, torch.Tensor]) -> StepOutcome:
+        """As `step`, but empties `xs`: inputs that nobody else holds go with their last reader."""
         if self._max_steps is not None and self._steps >= self._max_steps:
             raise RemoteProtocolError(ErrorCode.OVER_LIMIT, f"more than {self._max_steps} steps")
         binding = SymbolBinding(self._carry_sizes)
@@ -107,6 +111,7 @@ class Machine:
         plan = self._plan(binding.sizes)
         inputs = [*self._loaded_constants(), *self._loaded_carry(), *tensors]
         # What is freed inside the run must not live on here.
+        xs.clear()
         self._carry = None if self.spec.carry else []
         del tensors
         outputs = self._run(plan, inputs)

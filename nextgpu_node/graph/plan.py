@@ -343,10 +343,13 @@ class _Planner:
         return self._graph.values + len(self._literals) - 1
 
     def _take_frees(self, call: Call) -> tuple[int, ...]:
-        """The tensors to free after `call`, with those of the size calls just before it."""
+        """The values to let go after `call`, with those of the size calls just before it.
+
+        Inputs too, whoever else holds them: only the ledger counts on nothing of that.
+        """
         frees = (*self._pending_frees, *call.frees)
         self._pending_frees = []
-        return tuple(value for value in frees if self._may_free(value))
+        return frees
 
 
 class _Composed(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -278,7 +278,7 @@ class Scan:
     def _step(self) -> None:
         self._awaited = (RecordKind.STEP,)
         began_s = time.monotonic()
-        outcome = self._the_machine.step(self._take_tensors())
+        outcome = self._the_machine.step_and_release(self._take_tensors())
         # The copy to host memory below waits for the device, so it belongs to the step.
         self._outbox.write(RecordKind.RESULT, encode_tensors(outcome.ys))
         self._run_s += time.monotonic() - began_s

@@ -403,3 +403,26 @@ def test_the_carry_is_let_go_as_it_is_read():
     assert machine.peak_bytes == 11 * parts[0].nbytes()
     machine.step({})
     assert torch.equal(machine.carry()["p3"], torch.ones(250, 100))
+
+
+def test_inputs_given_up_go_with_their_last_reader(monkeypatch):
+    spec = program(
+        node("aten.neg.default", x),
+        node("aten.neg.default", Ref(1)),
+        node("aten.abs.default", Ref(2)),
+    )
+    machine = Machine(spec, device="cpu", max_live_bytes=MEGABYTE)
+    given = {"x": torch.ones(4, 6)}
+    storage = weakref.ref(given["x"].untyped_storage())
+    alive = []
+    real = plan._function
+
+    def watching(row):
+        function = real(row)
+        return lambda *args: (alive.append(storage() is not None), function(*args))[1]
+
+    monkeypatch.setattr(plan, "_function", watching)
+    machine.step_and_release(given)
+    assert given == {}
+    assert alive[0]
+    assert not alive[2]
