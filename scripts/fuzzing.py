@@ -2,6 +2,7 @@
 
     scripts/fuzz codec --seconds 600      fuzz, starting from the seeds and the kept corpus
     scripts/fuzz codec --keep             renew the kept corpus from what was found
+    scripts/fuzz rows --seconds 600       mutated calls of every operator, findings as JSON lines
 
 What is found on the way lies in build/fuzz/NAME; a finding lies there as crash-… and ends the run.
 """
@@ -9,6 +10,8 @@ What is found on the way lies in build/fuzz/NAME; a finding lies there as crash-
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,10 +38,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--keep", action="store_true", help="renew the kept corpus, do not fuzz")
     arguments = parser.parse_args()
-    if arguments.keep:
+    if arguments.target == "rows":
+        fuzz_rows(arguments.seconds)
+    elif arguments.keep:
         keep(arguments.target)
     else:
         fuzz(arguments.target, arguments.seconds)
+
+
+def fuzz_rows(seconds: int) -> None:
+    """Calls of single operators in guarded memory; a crash ends a child, not the run."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    library = WORK / "guard_malloc.so"
+    source = PROJECT / "tests" / "fuzz" / "guard_malloc.c"
+    flags = ["-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl", "-lpthread"]
+    subprocess.run(["cc", *flags], check=True)
+    guard = {"LD_PRELOAD": str(library), "GUARD_MALLOC": str(library)}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz.rows", str(seconds)]
+    subprocess.run(command, check=True, cwd=PROJECT, env=os.environ | guard)
 
 
 def fuzz(name: str, seconds: int) -> None:

@@ -32,6 +32,7 @@ from tests.fuzz.row_calls import Call, make_call, valid_calls
 from tests.support.rows import rows
 
 BATCH = 400
+# Of processor time, so that a busy machine is no hang.
 CALL_S = 10
 # Small constants and vectors inside kernels; more than that must have been planned.
 SLACK_BYTES = 64 * 1024
@@ -126,7 +127,7 @@ def child(names: list[str], start: int, shared: mmap.mmap, guard: Guard, out: in
         shared[: _CURRENT.size] = _CURRENT.pack(
             number + 1, tally.calls, tally.planned, tally.ran, 1
         )
-        signal.alarm(CALL_S)
+        signal.setitimer(signal.ITIMER_PROF, CALL_S)
         call = make_call(name, index)
         try:
             found = check(call, guard, tally)
@@ -168,7 +169,7 @@ def main(seconds: float, names: list[str], start: int = 0) -> dict[str, Any]:
             crashes += 1
             name, index = names[(number - 1) % len(names)], (number - 1) // len(names)
             what = signal.Signals(status & 0x7F).name if status & 0x7F else f"exit {status >> 8}"
-            kind = "hang" if what == "SIGALRM" else "crash"
+            kind = "hang" if what == "SIGPROF" else "crash"
             call = make_call(name, index).describe()[:600]
             print(
                 json.dumps({"op": name, "number": index, "kind": kind, "what": what, "call": call}),
