@@ -242,6 +242,11 @@ _SCALES = ("scales", "scales_d", "scales_h", "scales_w")
 # ---------------------------------------------------------------- workspace
 
 
+def _nothing(given: Arguments, results: Sequence[torch.Tensor]) -> int:
+    """Composed operators whose one new value is their result."""
+    return 0
+
+
 def converted(given: Arguments, results: Sequence[torch.Tensor]) -> int:
     """For elementwise kernels: where dtypes are mixed, each argument in the widest of them."""
     arguments = list(_tensors(given))
@@ -495,7 +500,18 @@ _CHECKS: dict[str, tuple[Check, ...]] = {
     "aten.repeat_interleave.self_int": (_not_given("output_size"),),
 }
 
+# Among the composed ones these are in every model, and known to be simple: no need to look inside.
+_SIMPLE = [
+    *_family(["reshape", "contiguous", "expand_as", "view_as", "dropout", "chunk"], "default"),
+    *("aten.flatten.using_ints", "aten.unflatten.int", "aten.to.dtype", "aten.type_as.default"),
+    *_family(["adjoint", "mT", "mH", "matrix_H", "numpy_T", "broadcast_to", "narrow"], "default"),
+    *("aten.movedim.int", "aten.movedim.intlist", "aten.split.sizes"),
+]
+
 _WORKSPACE: dict[str, Workspace] = {
+    **dict.fromkeys(_SIMPLE, _nothing),
+    "aten.softmax.int": converted_or_copied,
+    "aten.log_softmax.int": converted_or_copied,
     **dict.fromkeys(_RESIZING, _resized),
     **dict.fromkeys(_CONVOLUTIONS, _convolved),
     **dict.fromkeys(_TRANSPOSED, _transposed_convolved),

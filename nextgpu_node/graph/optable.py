@@ -931,13 +931,14 @@ def _same_shape_pair(call: OpOverload) -> Callable[..., Any]:
     def shape_of(left: Any, right: Any, *rest: Any, **named: Any) -> Any:
         if type(left) is not torch.Tensor or not left.is_floating_point():
             return call(left, right, *rest, **named)
-        if type(right) in (int, float) or (
-            type(right) is torch.Tensor
-            and left.shape == right.shape
-            and left.dtype is right.dtype
-            and left.stride() == right.stride()
-        ):
+        if type(right) in (int, float):
             return torch.empty_like(left)
+        if type(right) is torch.Tensor and left.dtype is right.dtype:
+            if left.shape == right.shape and left.stride() == right.stride():
+                return torch.empty_like(left)
+            shape = torch._C._infer_size(left.shape, right.shape)
+            if left.is_contiguous() and right.is_contiguous():
+                return torch.empty(shape, dtype=left.dtype, device="meta")
         return call(left, right, *rest, **named)
 
     return shape_of
@@ -945,6 +946,30 @@ def _same_shape_pair(call: OpOverload) -> Callable[..., Any]:
 
 def _normalised_shape(tensor: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _linear_shape(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> Any:
+    fits = (
+        all(type(one) is torch.Tensor for one in (rows, weight))
+        and rows.dtype is weight.dtype
+        and rows.dim() > 1
+        and weight.dim() == 2
+        and rows.shape[-1] == weight.shape[1]
+        and (bias is None or _is_bias(bias, weight))
+    )
+    if not fits:
+        return _aten.linear.default(rows, weight, bias)
+    return torch.empty((*rows.shape[:-1], weight.shape[0]), dtype=rows.dtype, device="meta")
+
+
+def _is_bias(bias: Any, weight: torch.Tensor) -> bool:
+    return (
+        type(bias) is torch.Tensor
+        and bias.dtype is weight.dtype
+        and tuple(bias.shape) == (weight.shape[0],)
+    )
 
 
 def _attention_shape(
@@ -1003,6 +1028,7 @@ _SHAPE_CALLS: dict[OpOverload, Callable[..., Any]] = {
     _aten.sigmoid.default: _same_shape(_aten.sigmoid.default),
     _aten.rsqrt.default: _same_shape(_aten.rsqrt.default),
     _aten.neg.default: _same_shape(_aten.neg.default),
+    _aten.linear.default: _linear_shape,
     _aten.layer_norm.default: _normalised_shape,
     _aten.batch_norm.default: _same_shape(_aten.batch_norm.default),
     _aten.scaled_dot_product_attention.default: _attention_shape,
