@@ -125,10 +125,10 @@ def swarm(
                 for i in range(providers)
             ]
             for lender in lenders:
+                # One after the other: each imports torch, and a small machine has few cores.
                 stack.enter_context(lender)
-            for lender in lenders:
                 lender.wait_ready()
-            wait_until(lambda: count_peers(submitter) == providers, 90, "the providers")
+            wait_until(lambda: count_peers(submitter) == providers, 180, "the providers")
             yield Swarm(submitter, lenders)
     finally:
         shutil.rmtree(work)
