@@ -5,6 +5,7 @@
     sealing     256 MiB sealed end to end, as a fraction of its parts, and who spends what
     idle        a daemon at rest: memory, processor time, and that torch is not loaded
     demo        the phases of scripts/demo
+    protocol    messages each second, the handshake to the first sealed byte
     programs    steps of five models beside eager torch in the same process
     sandbox     workers: birth, memory, wipe, and the daemon under bombs (bench_sandbox.py)
     submit      an Executor beside Dask with TLS and Ray (bench_submit.py)
@@ -50,7 +51,17 @@ from nextgpu_protocol.limits import (  # noqa: E402
 from nextgpu_protocol.sealing import CiphertextHash, KeyPair, Opener, Sealer  # noqa: E402
 from tests.support.nodes import Trio, network_of_three  # noqa: E402
 
-NAMES = ("roundtrip", "transfer", "sealing", "idle", "demo", "submit", "sandbox", "programs")
+NAMES = (
+    "roundtrip",
+    "transfer",
+    "sealing",
+    "idle",
+    "demo",
+    "submit",
+    "sandbox",
+    "programs",
+    "protocol",
+)
 FRESH_UNITS = 40
 CALLS = 1000
 IDLE_S = 30
@@ -485,6 +496,10 @@ def main() -> None:
         from scripts.bench_programs import programs
 
         figures = programs()
+    elif arguments.name == "protocol":
+        from scripts.bench_protocol import protocol
+
+        figures = protocol(SETTINGS)
     elif arguments.name == "submit":
         from scripts.bench_submit import submit
 
