@@ -98,6 +98,12 @@ class JobCancelled(NextGPUError):
     exit_code = 130
 
 
+class JobInterrupted(NextGPUError):
+    """The process that worked at the job was told to end. `nextgpu retry` goes on with it."""
+
+    exit_code = 130
+
+
 class NetworkError(NextGPUError):
     """The peer-to-peer network can not be used."""
 

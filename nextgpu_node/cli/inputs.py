@@ -58,12 +58,18 @@ class StepInputs:
     count: int
     sliced: bool
 
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        if self.sliced:
+            return {name: tensor[index] for name, tensor in self.tensors.items()}
+        return dict(self.tensors)
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for index in range(self.count):
-            if self.sliced:
-                yield {name: tensor[index] for name, tensor in self.tensors.items()}
-            else:
-                yield dict(self.tensors)
+        return (self[index] for index in range(self.count))
 
 
 def prepare_steps(

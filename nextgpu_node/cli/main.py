@@ -9,9 +9,7 @@ fault of our own ends in a traceback.
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -19,18 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import cyclopts
 from cyclopts import App, Parameter
 
 from nextgpu_node.cli.context import Context
-from nextgpu_node.cli.output import SCHEMA, Output, printable
-from nextgpu_node.errors import IntegrityError, NextGPUError, UsageError
-from nextgpu_protocol.errors import RemoteProtocolError
-
-INTERRUPTED: Final = 130
-_BROKEN_PIPE: Final = 1
-# What the extra "worker" of the package brings (pyproject.toml).
-_OPTIONAL_MODULES: Final = ("torch", "numpy", "safetensors")
+from nextgpu_node.cli.failures import guarded
+from nextgpu_node.cli.output import Output
 
 # The modules are loaded when their command is called: torch takes seconds, and --help must not.
 _COMMANDS: Final = (
@@ -42,7 +33,14 @@ _COMMANDS: Final = (
     ("export", "programs:export", "Turn a torch module into a program."),
     ("inspect", "programs:inspect", "Say what a program file holds."),
     ("units", "network:units", "Work units that are here now, lent or borrowed."),
-    ("cancel", "network:cancel", "End a work unit."),
+    ("map", "mapping:map_", "Run a program on every file of a directory, over many peers."),
+    ("jobs", "jobs:jobs", "Every job of yours."),
+    ("show", "jobs:show", "One job: how far it is, and why shards failed."),
+    ("logs", "jobs:logs", "What happened to a job."),
+    ("results", "jobs:results", "Where the results of a job are, or a copy."),
+    ("cancel", "jobs:cancel", "End a job, or a work unit."),
+    ("retry", "jobs:retry", "Go on with a job: what failed or is missing."),
+    ("rm", "jobs:rm", "Delete jobs with everything in them."),
     ("invite", "tokens:invite", "Issue a capability token for this node's device."),
     ("invites", "tokens:invites", "The tokens that this node has issued."),
     ("revoke", "tokens:revoke", "Revoke a token that this node has issued."),
@@ -88,24 +86,12 @@ _GROUPS: Final = {
 def main() -> int:
     """The console script.  Returns the exit code."""
     tokens = sys.argv[1:]
-    as_json = "--json" in tokens
-    try:
-        code = _run(tokens)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # `nextgpu peers | head` closed the pipe: nobody is left to tell.  The interpreter would
-        # flush once more while it exits, so stdout leads nowhere from here on.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    except KeyboardInterrupt:
-        return _failed("interrupted", INTERRUPTED, as_json=as_json)
-    except BaseExceptionGroup as group:
-        return _failed(*_sentence_of_group(group), as_json=as_json)
-    except ImportError as exc:
-        return _failed(_sentence_of_missing(exc), UsageError.exit_code, as_json=as_json)
-    except (NextGPUError, RemoteProtocolError, cyclopts.CycloptsError) as exc:
-        return _failed(*_sentence_of(exc), as_json=as_json)
-    return code
+    return guarded(partial(_run, tokens), commands(), as_json="--json" in tokens)
+
+
+def commands() -> list[str]:
+    """Every name that may follow `nextgpu`."""
+    return [*(command for command, _, _ in _COMMANDS), *_GROUPS]
 
 
 def build_app() -> App:
@@ -176,62 +162,6 @@ def _call(
     else:
         result = function(*bound.args, **bound.kwargs)
     return result if isinstance(result, int) else 0
-
-
-def _failed(sentence: str, code: int, *, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps({"schema": SCHEMA, "error": sentence, "exit_code": code}))
-        sys.stdout.flush()
-    print(f"nextgpu: {printable(sentence)}", file=sys.stderr)
-    return code
-
-
-def _sentence_of(exc: BaseException) -> tuple[str, int]:
-    match exc:
-        case NextGPUError():
-            return str(exc), exc.exit_code
-        case RemoteProtocolError():
-            return str(exc), IntegrityError.exit_code
-        case cyclopts.UnknownCommandError(unused_tokens=[name, *_]):
-            # Its own text would load every command's module to list their names.
-            return f"{name!r} is no command.{_nearest(name)}", UsageError.exit_code
-        case _:
-            return " ".join(str(exc).split()), UsageError.exit_code
-
-
-def _nearest(name: str) -> str:
-    known = [*(command for command, _, _ in _COMMANDS), *_GROUPS]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else " `nextgpu --help` lists them."
-
-
-def _sentence_of_missing(exc: ImportError) -> str:
-    """For a submitter that installed without torch; any other missing module is our own fault."""
-    root: BaseException = exc
-    while root.__cause__ is not None:
-        root = root.__cause__
-    if not isinstance(root, ImportError) or root.name not in _OPTIONAL_MODULES:
-        raise exc
-    return f"This command needs {root.name}. Install it: pip install 'nextgpu-node[worker]'"
-
-
-def _sentence_of_group(group: BaseExceptionGroup[BaseException]) -> tuple[str, int]:
-    """One sentence for what several tasks raised; a fault of our own rises as it is."""
-    known, unknown = group.split((NextGPUError, RemoteProtocolError, KeyboardInterrupt))
-    if unknown is not None:
-        raise group
-    assert known is not None
-    leaves = list(_leaves(known))
-    if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
-        return "interrupted", INTERRUPTED
-    return _sentence_of(leaves[0])
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for exc in group.exceptions:
-        found += _leaves(exc) if isinstance(exc, BaseExceptionGroup) else [exc]
-    return found
 
 
 if __name__ == "__main__":

@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+import trio
 from cyclopts import Parameter
 
 from nextgpu_node.api_types import DeviceView, PeerView
 from nextgpu_node.cli.context import Context, Ctx
+from nextgpu_node.cli.detaching import Began, supervise
 from nextgpu_node.cli.files import check_writable, write_whole
+from nextgpu_node.cli.job_flags import CommonFlags, new_manifest, shard_spec
 from nextgpu_node.cli.network import Kind, device_name
 from nextgpu_node.cli.output import SCHEMA, human_bytes
 from nextgpu_node.cli.progress import Progress
 from nextgpu_node.cli.sizes import gigabytes, size
 from nextgpu_node.cli.tokens import load_token
 from nextgpu_node.config import load_config
-from nextgpu_node.errors import JobFailed, NextGPUError, UsageError
-from nextgpu_node.sdk.client import open_client
+from nextgpu_node.core.job_state import JobBegan
+from nextgpu_node.errors import NextGPUError, UsageError
 from nextgpu_node.sdk.events import (
     Checkpoint,
     Finished,
@@ -32,26 +35,30 @@ from nextgpu_node.sdk.events import (
     StepResult,
     UnitEvent,
 )
+from nextgpu_node.sdk.job_run import JobRun, load_checked_program
+from nextgpu_node.sdk.jobs import Job, JobOptions
 from nextgpu_node.sdk.unit import Needs
 from nextgpu_protocol.ids import public_key_from_peer_id
 from nextgpu_protocol.messages import Offer, Receipt
 from nextgpu_protocol.records import UnitSummary
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from nextgpu_node.cli.checkpoints import CheckpointFile, Interval, Resumed
+    from nextgpu_node.cli.checkpoints import CheckpointFile, Resumed
     from nextgpu_node.cli.inputs import StepInputs
     from nextgpu_node.graph.artifact import Program
 
 
-async def run(
+def run(
     program: Annotated[Path, Parameter(name="PROGRAM")],
     /,
     *arguments: Annotated[str, Parameter(name="ARGS", help="Of a script, behind --.")],
     output: Annotated[
-        Path, Parameter(help="Results, in safetensors; of a script a new directory.")
-    ],
+        Path | None,
+        Parameter(
+            help="Results, in safetensors; without, the job keeps them. Of a script a new "
+            "directory."
+        ),
+    ] = None,
     input_: Annotated[
         Path | None, Parameter(name="--input", help="Inputs by name, in safetensors.")
     ] = None,
@@ -83,43 +90,114 @@ async def run(
     ] = None,
     force: Annotated[bool, Parameter(negative="", help="Replace existing files.")] = False,
     quiet: Annotated[bool, Parameter(negative="", help="No progress on stderr.")] = False,
+    common: CommonFlags | None = None,
     ctx: Ctx,
 ) -> int:
     """Run a program, or a script of yours, on a peer's device.
 
     Sealed from here to the worker process that runs it.  Results are written only when all of
-    them are here and the peer's signed receipt for them is verified.
+    them are here and the peer's signed receipt for them is verified.  A peer that is lost costs
+    what was done since the last checkpoint; the work goes on at another one.
     """
-    needs = _needs(ctx, kind, vram, memory, max_seconds, peer)
+    needs = gather_needs(ctx, kind, vram, memory, max_seconds, peer)
     if token is not None:
         needs = replace(needs, token=load_token(token)[0])
     if program.suffix == ".py":
         from nextgpu_node.cli.scripts import run_script
 
-        return await run_script(ctx, program, output, needs, arguments)
+        if output is None:
+            raise UsageError("A script needs a new directory for what it writes: --output.")
+        return trio.run(run_script, ctx, program, output, needs, arguments)
     if arguments:
         raise UsageError("Only scripts (.py) take arguments.")
-    for file in (output, *([receipt] if receipt else [])):
-        check_writable(file, force=force)
+    for file in (output, receipt):
+        if file is not None:
+            check_writable(file, force=force)
     if checkpoint_every is not None and checkpoint_out is None:
         raise UsageError("--checkpoint-every needs a file for the checkpoints: --checkpoint-out.")
-    from nextgpu_node.cli.inputs import load_program, prepare_steps
+    common = common or CommonFlags()
+    options = common.options(
+        ctx,
+        needs,
+        force=force,
+        receipt=receipt,
+        checkpoint_out=checkpoint_out,
+        checkpoint_every=checkpoint_every,
+        resume_from=resume_from,
+    )
 
-    loaded = load_program(program)
-    inputs = prepare_steps(loaded.spec, input_, steps_axis=steps_axis, steps=steps)
-    state = _State.of(loaded, checkpoint_out, checkpoint_every, resume_from, force=force)
-    inputs = state.since.rest_of(inputs)
+    def work(began: Began) -> int:
+        from nextgpu_node.cli.checkpoints import check_checkpoint_out
+        from nextgpu_node.cli.inputs import load_program, prepare_steps
+
+        loaded = load_program(program)
+        inputs = prepare_steps(loaded.spec, input_, steps_axis=steps_axis, steps=steps)
+        state = _State.of(loaded, options)
+        inputs = state.since.rest_of(inputs)
+        if checkpoint_out is not None:
+            check_checkpoint_out(checkpoint_out, resume_from, force=force)
+        spec = shard_spec(program, input_, output, steps_axis=steps_axis, steps=steps)
+        manifest = new_manifest("run", program, [spec], options, steps_axis=steps_axis, steps=steps)
+        job = Job.create(ctx.paths.jobs_dir, manifest, common.job_dir)
+        return _work(ctx, job, began, loaded, inputs, state, quiet=quiet)
+
+    return supervise(work, detach=common.detach, out=ctx.out)
+
+
+def work_at_run(ctx: Context, job: Job, began: Began, *, quiet: bool) -> int:
+    """Go on with `job`, which another process began, in this one."""
+    from nextgpu_node.cli.inputs import prepare_steps
+
+    program, manifest = load_checked_program(job), job.manifest
+    (shard,) = manifest.shards
+    source = Path(shard.input) if shard.input else None
+    inputs = prepare_steps(
+        program.spec, source, steps_axis=manifest.steps_axis, steps=manifest.steps
+    )
+    state = _State.of(program, manifest.options)
+    return _work(ctx, job, began, program, state.since.rest_of(inputs), state, quiet=quiet)
+
+
+def _work(
+    ctx: Context,
+    job: Job,
+    began: Began,
+    program: Program,
+    inputs: StepInputs,
+    state: _State,
+    *,
+    quiet: bool,
+) -> int:
+    """The one unit of `job`, in this process, with its progress and its report."""
     with Progress(ctx.out, quiet=quiet) as progress:
         progress.enter("queued", "looking for a peer")
-        unit = _UnitRun(progress, inputs.count, receipt, state.file, force=force)
+        receipt = job.manifest.options.receipt
+        unit = _UnitRun(
+            progress,
+            len(inputs),
+            Path(receipt) if receipt else None,
+            state.file,
+            force=job.manifest.options.force,
+        )
+        runner = JobRun(
+            job,
+            ctx.paths,
+            lambda program, spec: inputs,
+            lambda event: began(job.directory) if isinstance(event, JobBegan) else None,
+            unit.take,
+            program=program,
+            carry=state.since.carry,
+        )
         try:
-            await _drive(ctx, loaded, inputs, needs, unit, state)
+            trio.run(runner.run)
         except NextGPUError:
             state.tell_how_to_go_on(ctx)
+            if unit.offer is None:
+                job.remove(ctx.paths.jobs_dir)  # nobody took it: there is nothing to go on with
             raise
-        write_whole(output, _image(unit.results, stack=steps_axis), force=force)
-        progress.enter("done", str(output))
-    _report(ctx, unit, progress, output)
+        where = job.manifest.shards[0].output or str(job.result_file(0))
+        progress.enter("done", where)
+    _report(ctx, job, unit, progress, where)
     return 0
 
 
@@ -129,30 +207,19 @@ class _State:
 
     since: Resumed
     file: CheckpointFile | None
-    every: Interval
 
     @classmethod
-    def of(
-        cls,
-        program: Program,
-        out: Path | None,
-        every: str | None,
-        resume_from: Path | None,
-        *,
-        force: bool,
-    ) -> _State:
+    def of(cls, program: Program, options: JobOptions) -> _State:
         from nextgpu_node.cli import checkpoints
 
         since, file = checkpoints.Resumed(), None
-        if (out or resume_from) and not program.spec.carry:
+        if (options.checkpoint_out or options.resume_from) and not program.spec.carry:
             raise UsageError("This program keeps no state from step to step: no checkpoints.")
-        if resume_from is not None:
-            since = checkpoints.load_checkpoint(resume_from, program.spec)
-        if out is not None:
-            checkpoints.check_checkpoint_out(out, resume_from, force=force)
-            file = checkpoints.CheckpointFile(out, program.spec, since)
-        interval = checkpoints.Interval() if every is None else checkpoints.parse_interval(every)
-        return cls(since, file, interval)
+        if options.resume_from:
+            since = checkpoints.load_checkpoint(Path(options.resume_from), program.spec)
+        if options.checkpoint_out:
+            file = checkpoints.CheckpointFile(Path(options.checkpoint_out), program.spec, since)
+        return cls(since, file)
 
     def tell_how_to_go_on(self, ctx: Context) -> None:
         if self.file is not None and self.file.steps is not None:
@@ -169,7 +236,7 @@ def demo(*, ctx: Ctx) -> int:
     return run_demo(ctx.out.json)
 
 
-def _needs(
+def gather_needs(
     ctx: Context,
     kind: Kind | None,
     vram: str,
@@ -187,7 +254,7 @@ def _needs(
     if max_seconds is not None and max_seconds < 1:
         raise UsageError("--max-seconds takes a whole number from 1 on.")
     if peer is not None:
-        _check_peer_id(peer)
+        check_peer_id(peer)
     return Needs(
         kind=kind or submit.device,
         device_memory_bytes=gigabytes("--vram", vram),
@@ -200,7 +267,7 @@ def _needs(
     )
 
 
-def _check_peer_id(text: str) -> None:
+def check_peer_id(text: str) -> None:
     try:
         public_key_from_peer_id(text)
     except ValueError as exc:
@@ -219,22 +286,22 @@ class _UnitRun:
         *,
         force: bool,
     ) -> None:
+        self._checkpoint_file = checkpoint_file
         self._progress = progress
         self._steps = steps
         self._receipt_file = receipt_file
-        self._checkpoint_file = checkpoint_file
         self._force = force
         self.peer: PeerView | None = None
         self.offer: Offer | None = None
         self.unit_id = ""
-        self.results: list[dict[str, Tensor]] = []
+        self._results = 0
         self.summary: UnitSummary | None = None
         self.receipt: Receipt | None = None
 
     def take(self, event: UnitEvent) -> None:
         match event:
             case PeerChosen(peer=peer):
-                self.peer = peer
+                self.peer, self._results = peer, 0
                 self._progress.enter("queued", f"asking {peer.peer_id}")
             case Offered(offer=offer, unit_id=unit_id):
                 self.offer, self.unit_id = offer, unit_id
@@ -243,8 +310,8 @@ class _UnitRun:
                 self._progress.enter("starting", f"{human_bytes(sent_bytes)} sent")
             case Started():
                 self._progress.enter("running", self._count())
-            case StepResult(tensors=tensors):
-                self.results.append(tensors)
+            case StepResult():
+                self._results += 1
                 self._result_arrived()
             case Checkpoint(steps=steps, carry=carry):
                 if self._checkpoint_file is not None:
@@ -257,13 +324,13 @@ class _UnitRun:
                 self._save_receipt(receipt, peer_id)
 
     def _result_arrived(self) -> None:
-        if len(self.results) == self._steps:
+        if self._results == self._steps:
             self._progress.enter("returning", self._count())
         else:
             self._progress.advance(self._count())
 
     def _count(self) -> str:
-        return f"{len(self.results)} of {self._steps} steps"
+        return f"{self._results} of {self._steps} steps"
 
     def _save_receipt(self, receipt: Receipt, peer_id: str) -> None:
         """Also of a unit that failed: that is when somebody may want to read it."""
@@ -271,61 +338,20 @@ class _UnitRun:
             facts = {"schema": SCHEMA, "peer_id": peer_id, "receipt": _plain(receipt)}
             text = json.dumps(facts, indent=2) + "\n"
             write_whole(self._receipt_file, [text.encode()], force=self._force)
+            # A second peer's receipt, after the first was lost, takes the place of the first's.
+            self._force = True
 
 
-async def _drive(
-    ctx: Context,
-    program: Program,
-    inputs: StepInputs,
-    needs: Needs,
-    unit: _UnitRun,
-    state: _State,
-) -> None:
-    """Run the unit to its verified end; anything else raises."""
-    async with (
-        open_client(ctx.paths) as client,
-        client.run(
-            program,
-            inputs,
-            needs,
-            carry=state.since.carry,
-            return_carry=state.file is not None,
-            checkpoint_ms=state.every.ms,
-            checkpoint_steps=state.every.steps,
-        ) as events,
-    ):
-        async for event in events:
-            unit.take(event)
-    if unit.receipt is None or unit.summary is None or not unit.results:
-        raise JobFailed("The unit ended without results.")
-
-
-def _image(results: list[dict[str, Tensor]], *, stack: bool) -> Any:
-    """The pieces of the output file: one step's tensors as they are, several stacked."""
-    import torch
-
-    from nextgpu_node.graph.tensors import encode_tensors
-
-    if not stack and len(results) == 1:
-        return encode_tensors(results[0])
-    together: dict[str, Tensor] = {}
-    for name in results[0]:
-        tensors = [result[name] for result in results]
-        if len({tensor.shape for tensor in tensors}) == 1:
-            together[name] = torch.stack(tensors)
+def _report(ctx: Context, job: Job, unit: _UnitRun, progress: Progress, output: str) -> None:
+    if unit.peer is None or unit.offer is None or unit.receipt is None or unit.summary is None:
+        if ctx.out.json:
+            ctx.out.print_json(job_id=job.job_id, output=output, receipt_verified=False)
         else:
-            # Sizes that vary from step to step have no common axis.
-            together |= {f"{name}.{index}": tensor for index, tensor in enumerate(tensors)}
-    return encode_tensors(together)
-
-
-def _report(ctx: Context, unit: _UnitRun, progress: Progress, output: Path) -> None:
-    assert unit.peer is not None
-    assert unit.offer is not None
-    assert unit.receipt is not None
-    assert unit.summary is not None
+            ctx.out.say("Ran here, without any peer.", f"Wrote {output}.")
+        return
     if ctx.out.json:
         ctx.out.print_json(
+            job_id=job.job_id,
             peer_id=unit.peer.peer_id,
             unit_id=unit.unit_id,
             device=_plain(unit.offer.device),
@@ -335,7 +361,7 @@ def _report(ctx: Context, unit: _UnitRun, progress: Progress, output: Path) -> N
             stopped_early=unit.summary.stopped_early,
             receipt=_plain(unit.receipt),
             receipt_verified=True,
-            output=str(output),
+            output=output,
             seconds={name: round(seconds, 3) for name, seconds in progress.seconds.items()},
         )
         return
@@ -355,7 +381,8 @@ def _device(offer: Offer) -> str:
 
 def _wiped(receipt: Receipt) -> str:
     """In the words of the receipt: a claim that the peer signed, no proof."""
-    if receipt.failed_wipe_steps or not receipt.wipe:
+    failed = [step.name for step in receipt.wipe if not step.held]
+    if failed or not receipt.wipe:
         return "the peer does not claim that the worker's state is gone"
     return "the peer signs that the worker and its scratch space are gone"
 

@@ -45,12 +45,14 @@ class Purpose(Enum):
 class ScheduleLimits:
     """`failures`: attempts of one shard that may end badly; a refusal is none.
 
-    `patience_s`: how long nothing may run before what waits is given up.
+    `patience_s`: how long nothing may run before what waits is given up; `first_patience_s`: the
+    same for as long as nobody ever took anything and nobody is there who might.
     """
 
     failures: int = 6
     copies: int = 2
     patience_s: float = 60.0
+    first_patience_s: float = 60.0
     # Among strangers: one peer's word that a shard fails everywhere is not enough.
     confirm_failures: bool = False
 
@@ -323,6 +325,8 @@ class Schedule:
         self._next_id = 0
         self._times_s: list[float] = []
         self._alive_s: float | None = None
+        self._has_looked = False
+        self._was_accepted = False
         self._finished = False
 
     def handle(self, event: Event, *, now_s: float) -> list[Effect]:
@@ -356,7 +360,7 @@ class Schedule:
                 return []
             case Accepted(attempt_id=attempt_id):
                 if attempt_id in self._attempts:
-                    self._attempts[attempt_id].accepted = True
+                    self._attempts[attempt_id].accepted = self._was_accepted = True
                     self._alive_s = now_s
                 return []
             case Succeeded(attempt_id=attempt_id):
@@ -373,6 +377,7 @@ class Schedule:
                 return []
 
     def _see_peers(self, event: PeersSeen) -> None:
+        self._has_looked = True
         self._known = event.known
         self._order = [peer_id for peer_id, _ in event.slots]
         for peer_id, slots in event.slots:
@@ -719,6 +724,11 @@ class Schedule:
             self._shards[shard].checking = start.attempt_id
         return start
 
+    @property
+    def _patience_s(self) -> float:
+        hopeless = self._has_looked and not self._was_accepted and not self._known
+        return self._limits.first_patience_s if hopeless else self._limits.patience_s
+
     # --- the end --------------------------------------------------------------------------
 
     def _give_up(self, now_s: float) -> list[Effect]:
@@ -726,7 +736,7 @@ class Schedule:
         assert self._alive_s is not None
         if any(attempt.accepted for attempt in self._attempts.values()):
             self._alive_s = now_s
-        if now_s - self._alive_s < self._limits.patience_s:
+        if now_s - self._alive_s < self._patience_s:
             return []
         effects: list[Effect] = []
         for k in sorted(self._unsettled):

@@ -9,9 +9,9 @@ A position is a number of steps that are done, their results, and the carry behi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from nextgpu_node.api_types import PeerView
 from nextgpu_node.errors import JobFailed
@@ -35,6 +35,16 @@ if TYPE_CHECKING:
     from nextgpu_node.graph.artifact import Program
 
 Tensors = Mapping[str, "Tensor"]
+
+
+class Steps(Protocol):
+    """The inputs of each step, made when they are asked for: a list will do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensors: ...
+
+    def __iter__(self) -> Iterator[Tensors]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +75,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class AttemptOptions:
-    """`checkpoint_ms` 0: none, so that a lost peer costs the whole shard."""
+    """`checkpoint_ms` and `checkpoint_steps` 0: none, so that a lost peer costs the whole shard."""
 
     needs: Needs
     checkpoint_ms: int = 0
+    checkpoint_steps: int = 0
     return_carry: bool = False
 
 
@@ -76,7 +87,7 @@ async def attempt(
     client: Client,
     peer: PeerView,
     program: Program,
-    steps: Sequence[Tensors],
+    steps: Steps,
     options: AttemptOptions,
     *,
     since: Position,
@@ -99,6 +110,7 @@ async def attempt(
             carry=since.carry,
             return_carry=options.return_carry,
             checkpoint_ms=options.checkpoint_ms,
+            checkpoint_steps=options.checkpoint_steps,
         ) as events:
             async for event in events:
                 on_event(event)

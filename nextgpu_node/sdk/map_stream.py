@@ -17,7 +17,7 @@ import trio
 
 from nextgpu_node.core.job_state import JobEvent, JobState, ShardState
 from nextgpu_node.errors import NextGPUError, UsageError
-from nextgpu_node.sdk.attempt import Position, Tensors
+from nextgpu_node.sdk.attempt import Position, Steps, Tensors
 from nextgpu_node.sdk.mapping import MapOptions, MapRun, Shard, ShardOutcome
 from nextgpu_node.sdk.peer_history import PeerHistory
 
@@ -46,9 +46,9 @@ class InMemoryShard:
     """Inputs that are here: one step, or a sequence of steps."""
 
     name: str
-    steps: Sequence[Tensors] = field(repr=False)
+    steps: Steps = field(repr=False)
 
-    def load(self) -> Sequence[Tensors]:
+    def load(self) -> Steps:
         return self.steps
 
 
@@ -75,6 +75,9 @@ class _StreamSink:
 
     async def save_position(self, shard: int, position: Position) -> None:
         """The map itself has it."""
+
+    async def flush(self) -> None:
+        """Nothing is on a disk."""
 
     async def release(self) -> None:
         """The map is done: nothing is taken back any more."""
@@ -143,7 +146,7 @@ async def _in_order(
 def _shards(inputs: Inputs) -> Mapping[int, Shard]:
     shards: dict[int, Shard] = {}
     for index, one in enumerate(inputs):
-        steps: Sequence[Tensors] = [one] if isinstance(one, Mapping) else list(one)
+        steps: Steps = [one] if isinstance(one, Mapping) else list(one)
         if not steps:
             raise UsageError(f"Input {index} has no steps.")
         shards[index] = InMemoryShard(f"input {index}", steps)

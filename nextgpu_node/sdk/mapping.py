@@ -68,10 +68,10 @@ from nextgpu_node.errors import (
     Refused,
     UsageError,
 )
-from nextgpu_node.sdk.attempt import AttemptOptions, Outcome, Position, Tensors
+from nextgpu_node.sdk.attempt import AttemptOptions, Outcome, Position, Steps, Tensors
 from nextgpu_node.sdk.audit import Audit, agree, hardware_class
 from nextgpu_node.sdk.client import Client
-from nextgpu_node.sdk.events import UnitEvent
+from nextgpu_node.sdk.events import Checkpoint, UnitEvent
 from nextgpu_node.sdk.peer_book import PeerBook
 from nextgpu_node.sdk.peer_history import PeerHistory
 from nextgpu_node.sdk.results import tensors_digest, together
@@ -99,7 +99,7 @@ class Shard(Protocol):
     @property
     def name(self) -> str: ...
 
-    def load(self) -> Sequence[Tensors]:
+    def load(self) -> Steps:
         """The inputs of each step.  May block; what it raises fails this shard alone."""
 
 
@@ -107,7 +107,7 @@ class Shard(Protocol):
 class Canary:
     """Inputs whose answer is known, of the same program."""
 
-    steps: Sequence[Tensors] = field(repr=False)
+    steps: Steps = field(repr=False)
     answer: Tensors = field(repr=False)
 
 
@@ -124,9 +124,12 @@ class MapOptions:
     audit: Audit = field(default_factory=Audit)
     canaries: Sequence[Canary] = ()
     checkpoint_ms: int = 0
+    checkpoint_steps: int = 0
     return_carry: bool = False
     here: bool = False
     stack: bool = False
+    # A unit for each shard, also where several could share one: its events and its own receipt.
+    fresh_units: bool = False
     limits: ScheduleLimits = field(default_factory=ScheduleLimits)
 
 
@@ -157,6 +160,9 @@ class Sink(Protocol):
     async def save_position(self, shard: int, position: Position) -> None:
         """Keep what another process could go on from."""
 
+    async def flush(self) -> None:
+        """What was noted so far survives a power cut when this returns."""
+
 
 class _Watcher:
     """Carries what one attempt reports to the map."""
@@ -174,8 +180,12 @@ class _Watcher:
             self._run.attempt_reached(self._start.shard, position)
 
     def saw(self, event: UnitEvent) -> None:
-        if self._start.purpose is Purpose.WORK:
-            self._run.on_unit_event(self._start.shard, event)
+        if self._start.purpose is not Purpose.WORK:
+            return
+        if isinstance(event, Checkpoint):
+            # A unit counts from where it began; the shard may have begun elsewhere.
+            event = replace(event, steps=self.began_from + event.steps)
+        self._run.on_unit_event(self._start.shard, event)
 
 
 class MapRun:
@@ -256,10 +266,12 @@ class MapRun:
 
     def _make_runner(self, nursery: trio.Nursery) -> Runner:
         options = self._options
-        if can_share(self._program):
+        if can_share(self._program) and not options.fresh_units:
             socket = self._client.paths.units_socket
             return SharedUnits(socket, self._program, options.needs, nursery, self._suspect)
-        settings = AttemptOptions(options.needs, options.checkpoint_ms, options.return_carry)
+        settings = AttemptOptions(
+            options.needs, options.checkpoint_ms, options.checkpoint_steps, options.return_carry
+        )
         return FreshUnits(self._client, self._program, settings)
 
     async def _prepare_canaries(self) -> None:
@@ -404,7 +416,7 @@ class MapRun:
         return Succeeded(start.attempt_id)
 
     async def _run_on(
-        self, start: Start, peer: PeerView | None, steps: Sequence[Tensors], watcher: _Watcher
+        self, start: Start, peer: PeerView | None, steps: Steps, watcher: _Watcher
     ) -> Outcome:
         since = self.position_of(start)
         watcher.entered("queued")
@@ -440,12 +452,12 @@ class MapRun:
             progressed=self.position_of(start).steps > began_from,
         )
 
-    async def _steps_of(self, start: Start) -> Sequence[Tensors]:
+    async def _steps_of(self, start: Start) -> Steps:
         if start.purpose is Purpose.CANARY:
             return self._canaries[start.shard].steps
         return await self._load(start.shard)
 
-    async def _load(self, k: int) -> Sequence[Tensors]:
+    async def _load(self, k: int) -> Steps:
         shard = self._shards[k]
         try:
             return await trio.to_thread.run_sync(shard.load)
@@ -519,6 +531,7 @@ class MapRun:
                 receipt=result.outcome.receipt is not None,
             )
         )
+        await self._sink.flush()
 
     async def _drop(self, k: int) -> None:
         self._sink.note(ShardRetracted(at_ms=now_ms(), shard=k))
@@ -585,7 +598,7 @@ class _Silent:
     def saw(self, event: UnitEvent) -> None: ...
 
 
-def _check_size(peer: PeerView, program: Program, steps: Sequence[Tensors]) -> None:
+def _check_size(peer: PeerView, program: Program, steps: Steps) -> None:
     """Refused before a byte is sent, instead of in the middle by a peer that reads no further."""
     from nextgpu_node.graph.tensors import image_bytes
     from nextgpu_node.sdk.pool import step_bytes

@@ -59,8 +59,8 @@ class PeerBook:
             kind=needs.kind, memory_bytes=needs.device_memory_bytes, limit=_MANY_PEERS
         )
         preferences = preferences or Preferences()
-        if needs.peer_id is not None:
-            preferences = replace(preferences, peers=preferences.peers | {needs.peer_id})
+        if needs.wanted_peer is not None:
+            preferences = replace(preferences, peers=preferences.peers | {needs.wanted_peer})
         self._preferences = preferences
         self._seen: dict[str, PeerRecord] = {}
         self._weighed: list[Appraisal] = []

@@ -10,7 +10,7 @@ Each gives an Outcome or raises the errors of `nextgpu_node.errors`; cancelling 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -18,7 +18,7 @@ import trio
 
 from nextgpu_node.api_types import PeerView
 from nextgpu_node.errors import IntegrityError, NextGPUError
-from nextgpu_node.sdk.attempt import AttemptOptions, Outcome, Position, Tensors, attempt
+from nextgpu_node.sdk.attempt import AttemptOptions, Outcome, Position, Steps, attempt
 from nextgpu_node.sdk.client import Client
 from nextgpu_node.sdk.events import UnitEvent
 from nextgpu_node.sdk.outcome import error_for
@@ -47,7 +47,7 @@ class Watcher(Protocol):
 
 class Runner(Protocol):
     async def run(
-        self, peer: PeerView, steps: Sequence[Tensors], since: Position, watcher: Watcher
+        self, peer: PeerView, steps: Steps, since: Position, watcher: Watcher
     ) -> Outcome: ...
 
     def units_on(self, peer_id: str) -> int:
@@ -66,9 +66,7 @@ class FreshUnits:
     def units_on(self, peer_id: str) -> int:
         return self._units.get(peer_id, 0)
 
-    async def run(
-        self, peer: PeerView, steps: Sequence[Tensors], since: Position, watcher: Watcher
-    ) -> Outcome:
+    async def run(self, peer: PeerView, steps: Steps, since: Position, watcher: Watcher) -> Outcome:
         from nextgpu_node.sdk.events import InputSent, Offered, Started, StepResult
 
         left = len(steps) - since.steps
@@ -134,9 +132,7 @@ class SharedUnits:
     def units_on(self, peer_id: str) -> int:
         return self._units.get(peer_id, 0)
 
-    async def run(
-        self, peer: PeerView, steps: Sequence[Tensors], since: Position, watcher: Watcher
-    ) -> Outcome:
+    async def run(self, peer: PeerView, steps: Steps, since: Position, watcher: Watcher) -> Outcome:
         began_s = time.monotonic()
         answered = trio.Event()
         call = Call([steps[k] for k in range(since.steps, len(steps))], lambda _: answered.set())
@@ -209,12 +205,12 @@ class RunHere:
         return 0
 
     async def run(
-        self, peer: PeerView | None, steps: Sequence[Tensors], since: Position, watcher: Watcher
+        self, peer: PeerView | None, steps: Steps, since: Position, watcher: Watcher
     ) -> Outcome:
         watcher.entered("running")
         return await trio.to_thread.run_sync(self._compute, steps, since, abandon_on_cancel=True)
 
-    def _compute(self, steps: Sequence[Tensors], since: Position) -> Outcome:
+    def _compute(self, steps: Steps, since: Position) -> Outcome:
         import psutil
 
         from nextgpu_node.graph.local import make_machine
