@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nextgpu_node.core.choice import Preferences
     from nextgpu_node.errors import (
         DaemonUnreachable,
         IntegrityError,
@@ -36,8 +37,11 @@ if TYPE_CHECKING:
     )
     from nextgpu_node.graph.trained import load_carry_into
     from nextgpu_node.graph.training import train_step
+    from nextgpu_node.sdk.audit import Audit
     from nextgpu_node.sdk.client import Client, open_client
     from nextgpu_node.sdk.executor import Executor, RemoteFuture
+    from nextgpu_node.sdk.map_stream import ShardResult
+    from nextgpu_node.sdk.mapping import Canary, MapOptions
     from nextgpu_node.sdk.sync import run, run_events, run_steps
     from nextgpu_node.sdk.unit import Needs, RemoteUnit
 
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Adam",
     "AdamW",
+    "Audit",
+    "Canary",
     "Client",
     "Constant",
     "DaemonUnreachable",
@@ -52,11 +58,13 @@ __all__ = [
     "IntegrityError",
     "JobFailed",
     "JobTimeout",
+    "MapOptions",
     "Needs",
     "NextGPUError",
     "NoPeerFound",
     "OutOfMemory",
     "PeerLost",
+    "Preferences",
     "Program",
     "ProgramError",
     "Refused",
@@ -65,6 +73,7 @@ __all__ = [
     "SGD",
     "WarmupCosine",
     "WarmupLinear",
+    "ShardResult",
     "export",
     "generate_program",
     "generation_steps",
@@ -85,6 +94,8 @@ _HOME_OF = {
     **dict.fromkeys(_ERRORS, "nextgpu_node.errors"),
     "Adam": "nextgpu_node.graph.optimizers",
     "AdamW": "nextgpu_node.graph.optimizers",
+    "Audit": "nextgpu_node.sdk.audit",
+    "Canary": "nextgpu_node.sdk.mapping",
     "Client": "nextgpu_node.sdk.client",
     "Constant": "nextgpu_node.graph.optimizers",
     "Executor": "nextgpu_node.sdk.executor",
@@ -97,6 +108,9 @@ _HOME_OF = {
     "Program": "nextgpu_node.graph.artifact",
     "RemoteFuture": "nextgpu_node.sdk.executor",
     "RemoteUnit": "nextgpu_node.sdk.unit",
+    "MapOptions": "nextgpu_node.sdk.mapping",
+    "Preferences": "nextgpu_node.core.choice",
+    "ShardResult": "nextgpu_node.sdk.map_stream",
     "run": "nextgpu_node.sdk.sync",
     "run_events": "nextgpu_node.sdk.sync",
     "run_local": "nextgpu_node.graph.local",

@@ -89,6 +89,8 @@ _REFRESH_S: Final = 2.0
 _DAEMON_RETRY_S: Final = 1.0
 # Beyond the lease the provider ends the unit itself; this is for one that does not answer.
 _LEASE_GRACE_S: Final = 90.0
+# All results are here: a peer that is slow with its receipt, or silent, holds nobody up for long.
+_CLOSE_S: Final = 20.0
 # Outcomes that are here and not yet stored: what bounds the memory of a map.
 _MAX_UNSTORED: Final = 32
 
@@ -261,7 +263,7 @@ class MapRun:
             self._stored = trio.Event()
             await self._stored.wait()
         if isinstance(self._runner, SharedUnits) and self._failure is None:
-            with trio.move_on_after(_LEASE_GRACE_S):
+            with trio.move_on_after(_CLOSE_S):
                 await self._runner.aclose()
 
     def _make_runner(self, nursery: trio.Nursery) -> Runner:

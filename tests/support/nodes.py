@@ -109,8 +109,14 @@ def swarm(
     *,
     log_file: Path | None = None,
     allow_python: bool = False,
+    special: Mapping[int, Mapping[str, str]] | None = None,
+    modules: Mapping[int, str] | None = None,
 ) -> Iterator[Swarm]:
-    """Started, connected, and all providers known to the submitter, whose Python they may run."""
+    """Started, connected, and all providers known to the submitter, whose Python they may run.
+
+    `special` settings and other `modules` to run are by the provider's index.
+    """
+    special, modules = special or {}, modules or {}
     work = Path(tempfile.mkdtemp(prefix="nextgpu-test-"))
     try:
         with ExitStack() as stack:
@@ -121,7 +127,13 @@ def swarm(
             if allow_python:
                 lending["sharing.python_allow"] = submitter.ready.peer_id
             lenders = [
-                DaemonProcess(work / f"lend{i}", bootstrap=bootstrap, settings=lending, log=log)
+                DaemonProcess(
+                    work / f"lend{i}",
+                    bootstrap=bootstrap,
+                    settings=lending | dict(special.get(i, {})),
+                    log=log,
+                    module=modules.get(i, "nextgpu_node.daemon.main"),
+                )
                 for i in range(providers)
             ]
             for lender in lenders:
