@@ -47,6 +47,22 @@ def _as_view(self: Tensor, size: Sequence[int], stride: Sequence[int], offset: A
     return _aten.view.default(self, size)
 
 
+def grouped_product(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: A002
+    """A product for each expert of a mixture, which has a gradient that is safe.
+
+    input [N, K], weight [G, K, M], offs [G]: where the rows of each group end.  Every expert sees
+    every row, so it is G times the work of the kernel that it stands for.
+    """
+    row = torch.arange(input.shape[0], device=input.device)[:, None]
+    begin = torch.zeros_like(offs[0])
+    total = torch.zeros((), dtype=input.dtype, device=input.device)
+    for group in range(weight.shape[0]):
+        own = (row >= begin) & (row < offs[group])
+        total = total + torch.where(own, input @ weight[group], 0)
+        begin = offs[group]
+    return total
+
+
 BACKWARD_RULES: dict[Any, Callable[..., Any]] = {
     _aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
     _aten.max_pool3d_with_indices_backward.default: _max_pool3d_backward,

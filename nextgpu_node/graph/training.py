@@ -27,10 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nextgpu_node.errors import ProgramError
 from nextgpu_node.graph.artifact import Program
-from nextgpu_node.graph.backward import BACKWARD_RULES
+from nextgpu_node.graph.backward import BACKWARD_RULES, grouped_product
 from nextgpu_node.graph.calls import bind_call
 from nextgpu_node.graph.draws import RECURRENT, STATE_NAME, one_layer_rule
-from nextgpu_node.graph.emit import HANDLED
+from nextgpu_node.graph.emit import GROUPED_MM, HANDLED
 from nextgpu_node.graph.explain import tracing_failed
 from nextgpu_node.graph.export import _Assembly, _clean, _Names, _trace
 from nextgpu_node.graph.lower import _decomposition, lower, quiet
@@ -334,6 +334,8 @@ class _Differentiable(torch.fx.Interpreter):
                 return _Differentiable(body).run(*rest)
         if target in RECURRENT:
             return one_layer_rule(RECURRENT[target])(*args, **kwargs)
+        if str(target) in GROUPED_MM:
+            return grouped_product(*args, **kwargs)
         if target is torch.ops.aten.view.default:
             # The math backend lays attention out differently than the kernel that was traced.
             target = torch.ops.aten.reshape.default

@@ -101,7 +101,6 @@ def test_a_two_layer_llama_learns_as_it_does_in_eager_torch():
     trained = train_both(
         tiny_llama().train(), None, [({"input_ids": ids, "labels": ids}, ())],
         lambda p: torch.optim.AdamW(p, lr=1e-3), clip_norm=0.5,
-        dynamic={"input_ids": {0: "b", 1: "t"}, "labels": {0: "b", 1: "t"}},
     )  # fmt: skip
     assert trained.loss_difference() < 1e-5
     assert trained.state_difference() < 1e-4
