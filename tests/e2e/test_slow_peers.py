@@ -124,6 +124,7 @@ async def test_a_flood_of_requests_takes_one_slot_and_is_told_so(peer: RawPeer) 
     assert codes == {"BUSY": 60}
 
 
+@pytest.mark.slow
 async def test_a_request_of_one_byte_a_second_is_not_waited_for(peer: RawPeer) -> None:
     unit = await peer.open()
     request = sign_message(peer.request(), peer.key).data

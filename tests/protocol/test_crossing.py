@@ -129,5 +129,5 @@ def code_of(act: Callable[[], object]) -> ErrorCode | None:
     return None
 
 
-Crossing.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+Crossing.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestCrossing = Crossing.TestCase
