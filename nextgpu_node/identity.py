@@ -102,7 +102,10 @@ def load_or_create(paths: Paths, passphrase: Passphrase | None = None) -> Identi
 def from_key_file(data: bytes, paths: Paths, passphrase: Passphrase) -> Identity:
     """The identity in the content of a key file: a systemd credential.  Its successions, where
     there are any, are in the data directory as ever."""
-    key = keyfile.parse(data)
+    try:
+        key = keyfile.parse(data)
+    except IdentityError as exc:
+        raise IdentityError(f"The credential {exc}") from exc
     with _opened(paths) as store:
         return store.identity(_open(key, passphrase))
 

@@ -133,7 +133,8 @@ def import_(
     try:
         imported = identity.import_(ctx.paths, data, opening, new=new, replace=force)
     except IdentityError as exc:
-        if str(exc).startswith("is not"):
+        # What is wrong with the bytes of a file begins in lower case, for its name to stand before.
+        if str(exc)[:1].islower():
             raise IdentityError(f"{file}: {exc}") from exc
         raise
     if ctx.out.json:

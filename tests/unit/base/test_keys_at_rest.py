@@ -279,3 +279,5 @@ def test_a_key_as_a_credential_keeps_its_past(paths: Paths) -> None:
     loaded = identity.from_key_file(keyfile.seal(content, b"x"), paths, word("x"))
     assert (loaded.peer_id, loaded.former_keys) == (rotated.peer_id, rotated.former_keys)
     assert not paths.identity_file.exists()
+    with pytest.raises(IdentityError, match="The credential does not hold a key"):
+        identity.from_key_file(b"short", paths, never)
