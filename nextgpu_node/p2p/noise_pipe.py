@@ -9,7 +9,7 @@ and the choice of the muxer are done, this takes the socket over and works in ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import trio
@@ -80,10 +80,9 @@ class NoisePipe:
 
     async def send(self, frames: Sequence[bytes | memoryview]) -> None:
         """Seal `frames` and write them.  Not to be cancelled unless the connection is given up."""
-        plaintext = memoryview(frames[0] if len(frames) == 1 else b"".join(frames))
         sealed: list[bytes] = []
-        for at in range(0, len(plaintext), MAX_PLAINTEXT_BYTES):
-            ciphertext = self._sealing.seal(plaintext[at : at + MAX_PLAINTEXT_BYTES])
+        for plaintext in _plaintexts(frames):
+            ciphertext = self._sealing.seal(plaintext)
             sealed += (len(ciphertext).to_bytes(2, "big"), ciphertext)
         try:
             await self._socket.send_all(b"".join(sealed))
@@ -110,7 +109,7 @@ class _Cipher:
         # Two counters for one key would repeat a nonce: the library's is of no use from now on.
         state.n = _LAST_COUNT
 
-    def seal(self, plaintext: memoryview) -> bytes:
+    def seal(self, plaintext: bytes | memoryview) -> bytes:
         return self._aead.encrypt(self._next_nonce(), plaintext, None)
 
     def open(self, ciphertext: memoryview) -> bytes:
@@ -123,6 +122,23 @@ class _Cipher:
         nonce = bytes(4) + self._count.to_bytes(8, "little")
         self._count += 1
         return nonce
+
+
+def _plaintexts(frames: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """`frames` as few full Noise plaintexts; what lies inside one frame is a view, not a copy."""
+    run: list[memoryview] = []
+    room = MAX_PLAINTEXT_BYTES
+    for frame in frames:
+        view = memoryview(frame)
+        while len(view):
+            part, view = view[:room], view[room:]
+            run.append(part)
+            room -= len(part)
+            if not room:
+                yield run[0] if len(run) == 1 else b"".join(run)
+                run, room = [], MAX_PLAINTEXT_BYTES
+    if run:
+        yield b"".join(run)
 
 
 def remote_address(stream: trio.SocketStream) -> tuple[str, int] | None:
