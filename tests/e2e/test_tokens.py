@@ -15,8 +15,7 @@ import trio
 from safetensors.torch import save_file
 
 from nextgpu_node import identity
-from nextgpu_node.api_types import InviteRequest, InviteView
-from nextgpu_node.cli.processes import wait_until
+from nextgpu_node.api_types import InviteRequest, InviteView, PeerNeed
 from nextgpu_node.clock import now_ms
 from nextgpu_node.errors import NextGPUError, PeerLost, Refused
 from nextgpu_node.graph.artifact import Program
@@ -29,7 +28,7 @@ from nextgpu_protocol.ids import public_key_from_peer_id
 from nextgpu_protocol.limits import GIB
 from nextgpu_protocol.messages import HeldToken
 from nextgpu_protocol.tokens import attenuate_token, format_token, parse_token_untrusted
-from tests.support.nodes import Trio, has_peer
+from tests.support.nodes import Trio
 
 
 async def invite(nodes: Trio, seconds: int) -> HeldToken:
@@ -130,15 +129,20 @@ async def test_units_side_by_side_do_not_overdraw_and_kill_9_spends_what_was_res
         nodes.provider.kill()
     await trio.to_thread.run_sync(nodes.provider.start)
     assert (await account(nodes, token)).spent_s == 30
-    await trio.to_thread.run_sync(wait_for_peer, nodes)
+    await wait_for_peer(nodes)
     assert await run(nodes, linear, Needs(token=token, max_seconds=20)) == 1
     spent = await refusal(nodes, linear, Needs(token=token, max_seconds=20))
     assert SENTENCES[ErrorCode.TOKEN_SPENT] in spent
     assert 30 < (await account(nodes, token)).spent_s < 50
 
 
-def wait_for_peer(nodes: Trio) -> None:
-    wait_until(lambda: has_peer(nodes.submitter), 60, "the provider to be found again")
+async def wait_for_peer(nodes: Trio) -> None:
+    """Until the provider, on a new port, is found again."""
+    with trio.fail_after(120):
+        async with ApiClient(nodes.submitter.paths.api_socket) as api:
+            # Another process's state: there is no event of ours to wait for.
+            while not (await api.peers(PeerNeed())).peers:  # noqa: ASYNC110
+                await trio.sleep(0.2)
 
 
 async def test_a_token_follows_its_peer_to_a_new_key_which_the_daemon_opens_by_a_credential(
@@ -161,7 +165,7 @@ async def test_a_token_follows_its_peer_to_a_new_key_which_the_daemon_opens_by_a
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     await trio.to_thread.run_sync(nodes.submitter.start)
     assert nodes.submitter.ready.peer_id != old
-    await trio.to_thread.run_sync(wait_for_peer, nodes)
+    await wait_for_peer(nodes)
     assert await run(nodes, linear, Needs(token=held, max_seconds=20)) == 1
 
 
