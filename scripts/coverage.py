@@ -48,9 +48,10 @@ def outcome_of(section: str, case: Case) -> dict[str, Any]:
     """One case as a row: what it took, how near to eager, or why not."""
     row: dict[str, Any] = {"section": section, "name": case.name, "family": case.family}
     started = time.perf_counter()
-    signal.alarm(TIMEOUT_S)
     try:
+        # Not under the alarm: an import that is cut off leaves its module broken.
         model = _built(case)
+        signal.alarm(TIMEOUT_S)
         row |= _tried(case, model)
         if "error" in row and model.other is not None:
             row["dynamic_error"] = row.pop("error")
@@ -123,6 +124,9 @@ def _read(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def page(rows: list[dict[str, Any]]) -> str:
+    known = {(section, case.name) for section, cases in SECTIONS.items() for case in cases}
+    rows = [row for row in rows if (row["section"], row["name"]) in known]
+    ran = {(row["section"], row["name"]) for row in rows}
     good = [row for row in rows if "error" not in row]
     names = {op for row in good for op in row["ops"]}
     lines = [
@@ -138,6 +142,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"torch {torch.__version__}, transformers {transformers.__version__}, device cpu: "
         f"{len(good)} of {len(rows)} work, with {len(names)} operators of the table.",
     ]
+    if left := sorted(name for _, name in known - ran):
+        lines += ["", f"Not run for this page: {', '.join(left)}."]
     for section in SECTIONS:
         order = [case.name for case in SECTIONS[section]]
         here = [row for row in rows if row["section"] == section]
@@ -180,6 +186,7 @@ def _short(error: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="names of cases or sections")
+    parser.add_argument("--page", action="store_true", help="write the page, run nothing")
     parser.add_argument("--part", default="0/1", help="0/2 and 1/2: two runs side by side")
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "coverage.jsonl")
     arguments = parser.parse_args()
@@ -187,6 +194,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     signal.signal(signal.SIGALRM, _give_up)
     arguments.results.parent.mkdir(exist_ok=True)
+    if arguments.page:
+        PAGE.write_text(page(list(_read(arguments.results).values())))
+        return
     rows = run(arguments.results, arguments.only, arguments.part)
     if not arguments.only and arguments.part == "0/1":
         PAGE.write_text(page(rows))
