@@ -303,7 +303,7 @@ def _fixed_where(placeholders: Any, size: int) -> str:
             continue
         for symbol, place in mode.shape_env.replacements_slocs.items():
             if mode.shape_env.replacements.get(symbol) == size:
-                return _place(place.maybe_user_loc)
+                return _place(place.maybe_user_loc or place.framework_loc)
     return ""
 
 

@@ -28,16 +28,12 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`tolerance`: the largest difference allowed, relative to the largest value expected.
-
-    `fails`: words of the error, for what is known not to work.
-    """
+    """`tolerance`: the largest difference allowed, relative to the largest value expected."""
 
     name: str
     family: str
     build: Callable[[], Model]
     tolerance: float = 1e-5
-    fails: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

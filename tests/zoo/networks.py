@@ -817,7 +817,9 @@ _VISION = {
     "MobileNetV3, EfficientNet": batch(SqueezeExcite, (2, 8, 8, 8)),
     "MLP-Mixer": batch(Mixer, (2, 3, 16, 16)),
     "diffusion UNet": unet,
-    "feature pyramid detector": batch(FeaturePyramid, (2, 3, 32, 32)),
+    "feature pyramid detector": lambda: Model(
+        _settled(FeaturePyramid()), (torch.randn(2, 3, 32, 32),)
+    ),
     "region align": model(RegionAlign(), torch.randn(1, 4, 16, 16), torch.rand(3, 4)),
     "spatial transformer": batch(SpatialTransformer, (2, 3, 16, 16)),
     "super-resolution": batch(SuperResolution, (2, 3, 8, 8)),
@@ -856,7 +858,7 @@ _SCIENCE = {
     "NeRF": batch(Radiance, (4, 8, 3), (4, 8)),
     "Fourier neural operator": batch(FourierOperator, (2, 4, 16)),
     "neural ODE": batch(NeuralODE, (3, 4)),
-    "physics-informed": batch(Physics, (5, 1)),
+    "physics-informed": lambda: Model(Physics().eval(), (torch.randn(5, 1),)),
     "Kolmogorov-Arnold": batch(Splines, (3, 6)),
     "actor-critic": lambda: Model(
         ActorCritic(), (torch.randn(2, 8), torch.tensor([[True, True, False]] * 2))

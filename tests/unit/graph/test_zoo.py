@@ -5,6 +5,9 @@ import pytest
 from tests.zoo import functions, layers, networks, transformers_models
 from tests.zoo.case import Case, run_case
 
+# What models of others warn of is not ours to fix.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 ALL = [case for room in (transformers_models, networks, layers, functions) for case in room.CASES]
 ALWAYS = (
     "BertModel",
@@ -45,13 +48,33 @@ def test_a_program_gives_what_eager_gives(name):
     assert outcome.dynamic or name not in OTHER_SIZES
 
 
+# What is known not to work, with words of the error.
+FAILS = {
+    "FractionalMaxPool2d": "not in the operator table",
+    "householder": "not in the operator table",
+    "CTCLoss": "depends on a tensor's values",
+    "cov and corrcoef": "depends on a tensor's values",
+    "lstsq": "depends on a tensor's values",
+    "LongformerModel": "depends on a tensor's values",
+    "LEDForConditionalGeneration": "depends on a tensor's values",
+    "JetMoeForCausalLM": "depends on a tensor's values",
+    "Siglip2VisionModel": "depends on a tensor's values",
+    "gradients": "out of torch",
+    "jacobian": "out of torch",
+    "lu_solve": "not a tensor",
+    "InformerModel": "Attention mask should be",
+    "AutoformerModel": "invalid for input of size",
+    "NystromformerModel": "broadcast|size of tensor",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [one for one in ALL if one.name not in ALWAYS], ids=lambda one: one.name
 )
 def test_every_other_one_too(case: Case):
-    if case.fails is None:
+    if case.name not in FAILS:
         run_case(case)
         return
-    with pytest.raises(Exception, match=case.fails):
+    with pytest.raises(Exception, match=FAILS[case.name]):
         run_case(case)
