@@ -16,7 +16,7 @@ from tests.support import malice
 from tests.support.nodes import Trio
 from tests.support.raw_peer import RawPeer
 
-MANIFEST = (RecordKind.MANIFEST, encode_message(UnitManifest(checkpoint_ms=0, return_carry=False)))
+MANIFEST = (RecordKind.MANIFEST, encode_message(UnitManifest(0, 0, return_carry=False)))
 
 
 def image(**tensors: torch.Tensor) -> bytes:
