@@ -20,6 +20,8 @@ from tests.support.sandbox import ATTACK_WORKER
 from tests.support.systemd_container import Container, reason_to_skip, systemd_container
 
 pytestmark = [
+    # Asked for by name alone: nobody who runs the tests as root expects a second systemd.
+    pytest.mark.slow,
     pytest.mark.sandbox,
     pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip() or "none"),
     pytest.mark.skipif(
