@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nextgpu_node.errors import JobFailed, UsageError
+from nextgpu_node.errors import JobFailed, Refused
 from nextgpu_node.sdk.executor import Executor
 from tests.support.nodes import Trio
 
@@ -58,7 +58,7 @@ def test_joblib_carries_the_error(executor: Executor) -> None:
         joblib.Parallel()(calls)
     with (
         joblib.parallel_backend("nextgpu", executor=executor),
-        pytest.raises(UsageError, match=r"nextgpu\.export"),
+        pytest.raises(Refused, match=r"nextgpu\.export"),
     ):
         joblib.Parallel()([joblib.delayed(len)([1])])
 
@@ -84,7 +84,7 @@ def test_dask_carries_the_error(executor: Executor) -> None:
     def mine(x: torch.Tensor) -> torch.Tensor:
         return x
 
-    with pytest.raises(UsageError, match=r"nextgpu\.export"):
+    with pytest.raises(Refused, match=r"nextgpu\.export"):
         dask.compute(dask.delayed(mine)(X), scheduler=executor)
 
 

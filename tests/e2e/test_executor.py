@@ -465,11 +465,6 @@ def test_a_model_that_can_not_be_exported_fails_its_future(executor: Executor) -
         executor.submit(Twice(), X, X, X).result(60)
 
 
-def test_a_call_of_a_python_function_says_what_to_do(executor: Executor) -> None:
-    with pytest.raises(UsageError, match=r"nextgpu\.export"):
-        executor.submit(len, [1])
-
-
 @pytest.mark.parametrize("gpu", ["gpu", "vram>=much", "vram>12GB", "cuda vram>=1GB", "vram<=1GB"])
 def test_needs_that_make_no_sense_are_told(gpu: str) -> None:
     with pytest.raises(UsageError):

@@ -204,8 +204,9 @@ def attack() -> dict[str, str]:  # noqa: C901  one function, since it travels al
         os.setuid(0)
 
     def environment() -> None:
-        if not os.environ:
-            raise PermissionError("empty")
+        # What the host has; imports set variables of their own (scikit-learn: KMP_…).
+        if not {"PATH", "HOME", "PWD", "LANG", "USER"} & os.environ.keys():
+            raise PermissionError("nothing of the host")
 
     attempts = (connect, unix, pair, fork, run, execute, read_passwd, read_home, read_proc)
     attempts += (write_package, write_root, kill, ptrace, namespaces, become_root, environment)

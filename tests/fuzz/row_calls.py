@@ -182,7 +182,8 @@ def _changed_tensor(tensor: torch.Tensor, rng: random.Random, case: Case) -> tor
         case 0:
             return _with_shape(tensor, _changed_shape(list(tensor.shape), rng, case))
         case 1:
-            return tensor.to(rng.choice(list(TORCH_DTYPES.values())))
+            plain = tensor.real if tensor.is_complex() else tensor
+            return plain.to(rng.choice(list(TORCH_DTYPES.values())))
         case _:
             return _with_values(tensor, rng, case)
 
