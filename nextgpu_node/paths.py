@@ -17,6 +17,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import platformdirs
 
@@ -200,12 +201,18 @@ def _xdg_runtime(environ: Mapping[str, str], state_dir: Path) -> Path:
     return runtime / APP if runtime.is_absolute() else state_dir / "run"
 
 
+WhileRunning = Literal["allowed", "refused", "never"]
+
+
 @dataclass(frozen=True, slots=True)
 class PathKind:
     """One kind of file that the software writes: where, why, and for how long.
 
     `attribute` names the property of `Paths`; `personal` is true where the file says something
-    about the owner or about peers, and so is part of `nextgpu data`.
+    about the owner or about peers.  `beside` are patterns of the names that the same kind has in
+    the same directory, {name} being its own: journals of a database, drafts that a crash left.
+    `deleting` says whether `nextgpu data delete` takes the kind away under a running daemon, only
+    without one, or never.
     """
 
     attribute: str
@@ -213,9 +220,34 @@ class PathKind:
     why: str
     kept: str
     personal: bool
+    beside: tuple[str, ...] = ()
+    deleting: WhileRunning = "refused"
+    # A directory that only holds other kinds.
+    holds_others: bool = False
+
+    @property
+    def name(self) -> str:
+        """The word for it on the command line: "peer-history"."""
+        stem = self.attribute
+        for suffix in ("_file", "_dir"):
+            stem = stem.removesuffix(suffix)
+        return stem.replace("_", "-")
 
 
-# Everything that is ever written belongs to one of these; a file that does not is a defect.
+@dataclass(frozen=True, slots=True)
+class ElsewhereKind:
+    """What is written outside the node's own places.  `patterns` are of whole paths, as fnmatch
+    takes them, with {tmp} for the directory of temporary files."""
+
+    name: str
+    patterns: tuple[str, ...]
+    what: str
+    why: str
+    kept: str
+
+
+# Everything that is ever written belongs to one of these; a file that does not is a defect, and
+# tests/e2e/test_written_files.py fails for it.
 PATH_REGISTRY: tuple[PathKind, ...] = (
     PathKind(
         "config_file",
@@ -223,6 +255,8 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "what the owner decided, written by `nextgpu config set` and by hand",
         "until the owner deletes it",
         personal=True,
+        beside=(".{name}.*",),
+        deleting="allowed",
     ),
     PathKind(
         "system_config_file",
@@ -230,13 +264,15 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "what the administrator decided for every user",
         "until the administrator deletes it",
         personal=False,
+        deleting="never",
     ),
     PathKind(
         "data_dir",
         "data directory",
-        "holds the identity key",
+        "holds the identity key and the jobs",
         "until `nextgpu service uninstall --purge`",
         personal=True,
+        holds_others=True,
     ),
     PathKind(
         "identity_file",
@@ -244,6 +280,7 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "the Ed25519 seed that this node signs with; its public half is the peer ID",
         "until it is deleted; the next start then makes another one",
         personal=True,
+        beside=("{name}.new",),
     ),
     PathKind(
         "successions_file",
@@ -251,6 +288,7 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "signed statements that this node's key took the place of an earlier one; shown to peers",
         "until it is deleted; peers then no longer know who this node was",
         personal=True,
+        beside=("{name}.new",),
     ),
     PathKind(
         "state_dir",
@@ -258,6 +296,7 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "what a restart picks up again; never the content of a work unit",
         "until `nextgpu service uninstall --purge`",
         personal=True,
+        holds_others=True,
     ),
     PathKind(
         "peer_history_file",
@@ -265,6 +304,8 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "how many of our units each peer brought back, by day, and how fast; never what ran",
         "512 peers at most, counts halve each week; `submit.remember_peers = false` keeps none",
         personal=True,
+        beside=("peer-history.lock", "peer-history.part"),
+        deleting="allowed",
     ),
     PathKind(
         "jobs_dir",
@@ -272,6 +313,7 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "the user's own jobs: manifest, journal, results and checkpoints so far, in plaintext",
         "until `nextgpu rm`",
         personal=True,
+        deleting="allowed",
     ),
     PathKind(
         "tokens_file",
@@ -280,6 +322,7 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "never a token itself, nor what it was used for",
         "a token's line until 30 days after it expires",
         personal=True,
+        beside=("{name}-journal", "{name}-wal", "{name}-shm"),
     ),
     PathKind(
         "cache_dir",
@@ -287,6 +330,7 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "what can be made again",
         "may be deleted at any time",
         personal=False,
+        deleting="allowed",
     ),
     PathKind(
         "runtime_dir",
@@ -294,11 +338,12 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "holds the sockets while the daemon runs",
         "until the daemon stops",
         personal=False,
+        holds_others=True,
     ),
     PathKind(
         "api_socket",
         "API socket",
-        "the command line and the dashboard talk to the daemon here",
+        "the command line talks to the daemon here",
         "until the daemon stops",
         personal=False,
     ),
@@ -312,9 +357,34 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
     PathKind(
         "worker_dir",
         "worker directory",
-        "what the launcher needs beside a running worker; a unit's own scratch space is a tmpfs "
-        "inside its sandbox",
-        "until the work unit ends",
+        "the id of the launcher's process, for a restart to clean up after a crash; a unit's own "
+        "scratch space is a tmpfs inside its sandbox",
+        "until the daemon stops",
         personal=False,
+    ),
+)
+
+ELSEWHERE: tuple[ElsewhereKind, ...] = (
+    ElsewhereKind(
+        "demo",
+        ("{tmp}/nextgpu-demo-*",),
+        "three nodes of `nextgpu demo`",
+        "homes, a program and results of the demo's own text",
+        "until the demo ends",
+    ),
+    ElsewhereKind(
+        "temporary-probe",
+        # Eight letters of tempfile's alphabet.
+        ("{tmp}/" + "[a-z0-9_]" * 8,),
+        "an empty file for an instant",
+        "Python's tempfile tries whether the directory of temporary files can be written",
+        "removed at once",
+    ),
+    ElsewhereKind(
+        "bytecode",
+        ("*/__pycache__", "*/__pycache__/*"),
+        "compiled Python files beside the installed packages",
+        "Python writes them at the first import; `pip uninstall` removes them",
+        "until the package is removed",
     ),
 )

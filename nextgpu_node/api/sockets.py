@@ -9,16 +9,14 @@ of two daemons that start together exactly one gets the name.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from nextgpu_node.errors import NextGPUError
 from nextgpu_node.paths import check_socket_path, ensure_private_dir
+from nextgpu_node.runtime_dir import answers, locked
 
 SOCKET_MODE = 0o600
 _BACKLOG = 64
@@ -38,7 +36,7 @@ def listen_private(path: Path) -> socket.socket:
     """
     check_socket_path(path)
     ensure_private_dir(path.parent)
-    with _locked(path.parent):
+    with locked(path.parent):
         _remove_stale(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -55,10 +53,10 @@ def listen_private(path: Path) -> socket.socket:
 
 def remove_listening(path: Path, listener: socket.socket) -> None:
     """Close `listener` and remove its file, unless another process has the name by now."""
-    with _locked(path.parent):
+    with locked(path.parent):
         listener.close()
         # Nobody of ours answers any more: whoever does is a daemon that came after.
-        if _is_socket(path) and not _answers(path):
+        if _is_socket(path) and not answers(path):
             path.unlink(missing_ok=True)
 
 
@@ -67,7 +65,7 @@ def _remove_stale(path: Path) -> None:
         return
     if not _is_socket(path):
         raise NextGPUError(f"{path}: is in the way and is not a socket. Move it away.")
-    if _answers(path):
+    if answers(path):
         raise AlreadyRunning(
             "Another nextgpud already serves this home directory. "
             "Stop it first, or give this one another --home."
@@ -80,26 +78,3 @@ def _is_socket(path: Path) -> bool:
         return stat.S_ISSOCK(path.lstat().st_mode)
     except FileNotFoundError:
         return False
-
-
-def _answers(path: Path) -> bool:
-    """Whether a process listens: a full backlog (EAGAIN, unix(7)) is a live one too."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except BlockingIOError:
-            return True
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-    return True
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock; it is only ever held for a few system calls."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

@@ -72,6 +72,14 @@ _GROUPS: Final = {
             ("attenuate", "tokens:attenuate", "Make a narrower token out of one, offline."),
         ),
     ),
+    "data": (
+        "What this software keeps on this machine.",
+        (
+            ("show", "data:show", "Every kind of data: where, how much, why, how long."),
+            ("export", "data:export", "Copy data into one archive."),
+            ("delete", "data:delete", "Delete data."),
+        ),
+    ),
     "config": (
         "The node's settings.",
         (
