@@ -33,11 +33,13 @@ from nextgpu_node.sandbox.probe import probe
 from nextgpu_node.sdk.api_client import ApiClient
 from nextgpu_node.sdk.client import Client, open_client
 from nextgpu_node.sdk.unit import Needs
+from scripts.hello import say_hello
 from tests.support.nodes import Trio
 
 BIRTHS = 150
 UNITS_S = 10.0
 AT_ONCE = 2
+HELLO_S = 120.0
 IDLE_COUNTS = (1, 2, 4, 8)
 POLICY = WorkerPolicy(memory_bytes=SharingConfig().max_memory_bytes, max_threads=1)
 SMALL = dataclasses.replace(POLICY, memory_bytes=512 * MIB)
@@ -193,22 +195,35 @@ def bubblewrap(argv: list[str], times: int) -> float | str:
         return f"not measured: {exc.stderr.decode()[:100]}"
 
 
-def fork_server(milliseconds: Callable[[list[float]], dict[str, float]]) -> dict[str, float]:
+def fork_server(
+    milliseconds: Callable[[list[float]], dict[str, float]],
+) -> dict[str, float] | str:
     """A fresh process of the standard library's fork server with torch loaded: no wall at all."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "scripts.bench_sandbox"])
+    context.set_forkserver_preload(["torch", "scripts.hello"])
     main, seconds = sys.modules["__main__"], list[float]()
     # Else every child would import the program that runs this as well.
     main.__file__, file = None, main.__file__
-    for _ in range(31):
-        ours, theirs = context.Pipe()
-        with clock(seconds):
-            process = context.Process(target=say_hello, args=(theirs,))
-            process.start()
-            ours.recv()
-        process.join()
-    main.__file__ = file
+    try:
+        for _ in range(31):
+            with clock(seconds):
+                said = one_hello(context)
+            if not said:
+                return f"not measured: a process said nothing in {HELLO_S} s"
+    finally:
+        main.__file__ = file
     return milliseconds(seconds[1:])  # the first one waits for the import
+
+
+def one_hello(context: Any) -> bool:
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=say_hello, args=(theirs,))
+    with ours:
+        process.start()
+        theirs.close()  # else an early end of the process would not be seen
+        said = bool(ours.poll(HELLO_S)) and ours.recv() == b"hello"
+    process.join()
+    return said
 
 
 # --- the daemon while bombs go off --------------------------------------------------------------
@@ -302,8 +317,3 @@ async def explode(client: Client, program: Program, x: torch.Tensor) -> str:
     except NextGPUError as exc:
         return type(exc).__name__
     return "done"
-
-
-def say_hello(pipe: Any) -> None:
-    """All that a process of the fork server does."""
-    pipe.send(b"hello")

@@ -6,10 +6,12 @@ DATA name    "ok", or what went wrong, of one of OPERATIONS: the kinds of kernel
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -80,6 +82,24 @@ def _in_threads() -> torch.Tensor:
     return torch.stack(found)
 
 
+def _static_variable() -> torch.Tensor:
+    """Two threads reach a static variable of C++ at once: the second waits until the first has made
+    it.  libtorch's kernels do; libstdc++ wakes over a shared futex (Itanium C++ ABI, 3.3.3)."""
+    library = ctypes.CDLL("libstdc++.so.6")
+    guard = ctypes.c_int64(0)
+    acquired: list[int] = []
+    first = library.__cxa_guard_acquire(ctypes.byref(guard))
+    second = threading.Thread(
+        target=lambda: acquired.append(library.__cxa_guard_acquire(ctypes.byref(guard)))
+    )
+    second.start()
+    time.sleep(0.05)  # it waits by now; were it not, the test would only be weaker
+    library.__cxa_guard_release(ctypes.byref(guard))
+    second.join(5)
+    assert (first, acquired) == (1, [0]), "never woken"
+    return torch.ones(1)
+
+
 def _attention() -> torch.Tensor:
     q = torch.rand(2, 4, 128, 32)
     return functional.scaled_dot_product_attention(q, q, q, is_causal=True)
@@ -109,6 +129,7 @@ OPERATIONS: Final[dict[str, Callable[[], torch.Tensor]]] = {
     "meta kernels": lambda: torch.zeros(torch.ones(4, device="meta").add(1).shape),
     "autograd": _autograd,
     "threads": _in_threads,
+    "static variable": _static_variable,
     "half": lambda: torch.rand(64, 64).half() @ torch.rand(64, 64).half(),
     "complex": lambda: torch.polar(torch.rand(64), torch.rand(64)),
     "random": lambda: torch.distributions.Normal(0.0, 1.0).sample((64,)),

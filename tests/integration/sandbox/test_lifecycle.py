@@ -310,9 +310,6 @@ async def test_torch_runs_inside_and_each_worker_has_its_own_random_state(tmp_pa
     assert products[0] != products[1]
 
 
-# In three of about eight runs one of the operations had not answered after 30 to 60 s, once on a
-# quiet machine; the reason is not known yet.
-@pytest.mark.slow
 @pytest.mark.parametrize("tier", ["A", "C"])
 async def test_torch_computes_under_every_layer(tier: Tier, tmp_path: Path) -> None:
     answers = {}
