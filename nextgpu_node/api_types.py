@@ -24,13 +24,22 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SharingView(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether this node lends, and the one-line reason where it does not."""
+    """Whether this node lends, and the one-line reason where it does not.
+
+    `state` is "off", "paused", "draining", "starting" or "lending"; `cause` names the rule behind
+    a pause ("owner", "hours", "battery", "activity", "application", "memory", "disk",
+    "processor", "temperature", "power", "gpu_memory", "gpu_use", "sandbox").  `until_ms` is when
+    it ends by itself, 0 where nobody knows.
+    """
 
     enabled: bool
     active: bool
     reason: str
     slots: int
     free_slots: int
+    state: str = "off"
+    cause: str = ""
+    until_ms: int = 0
 
 
 class StatusReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,6 +109,135 @@ class UnitsReply(msgspec.Struct, frozen=True, kw_only=True):
 
     schema: int = SCHEMA
     units: list[UnitView]
+
+
+class ForeignUseView(msgspec.Struct, frozen=True, kw_only=True):
+    """A program that is not ours on a device."""
+
+    name: str
+    memory_bytes: int
+
+
+class GpuView(msgspec.Struct, frozen=True, kw_only=True):
+    """A device with what it does now, for its owner.  None: it does not say."""
+
+    label: str  # "cuda:0", "cpu"
+    kind: str
+    name: str
+    memory_total_bytes: int
+    memory_free_bytes: int
+    compute_capability: str = ""
+    utilisation: float | None = None  # 0.0 to 1.0
+    temperature_c: float | None = None
+    power_w: float | None = None
+    foreign: list[ForeignUseView] | None = None
+    lent: bool = False  # the owner's settings include it
+    state: str = "off"  # as SharingView.state
+    reason: str = ""
+
+
+class GpusReply(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/gpus"""
+
+    schema: int = SCHEMA
+    gpus: list[GpuView]
+
+
+class PauseRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/sharing/pause.  0 seconds: until `resume`."""
+
+    seconds: int = 0
+
+
+class LimitsRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """PUT /v1/limits: keys of the settings' [sharing] section with their new values, as text."""
+
+    changes: dict[str, str]
+
+
+class LimitView(msgspec.Struct, frozen=True, kw_only=True):
+    """One setting of [sharing]: its key, its value in short form, what it takes."""
+
+    key: str
+    value: str
+    expected: str
+
+
+class LimitsReply(msgspec.Struct, frozen=True, kw_only=True):
+    """GET and PUT /v1/limits.  `saved` is false where the settings file could not be written:
+    the change then holds until the daemon ends.  `note` says why, or what else to know."""
+
+    schema: int = SCHEMA
+    limits: list[LimitView]
+    saved: bool = True
+    note: str = ""
+
+
+class ServeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """PUT /v1/serving/{peer_id}.  `rule` is "allow", "deny" or "none".
+
+    `terms` are this peer's own limits: "units", "seconds_per_day", "requests_per_minute" as whole
+    numbers, "kinds" as "program,python"; what is not named is as for everyone.
+    """
+
+    rule: str
+    terms: dict[str, str] = {}
+
+
+class ServedPeerView(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer that the settings name, and what it has used of the last 24 hours."""
+
+    peer_id: str
+    rule: str
+    terms: dict[str, str]
+    used_s: float
+
+
+class ServingReply(msgspec.Struct, frozen=True, kw_only=True):
+    """GET and PUT /v1/serving.  `serve` is the setting of that name."""
+
+    schema: int = SCHEMA
+    serve: str
+    peers: list[ServedPeerView]
+    saved: bool = True
+    note: str = ""
+
+
+class PastUnitView(msgspec.Struct, frozen=True, kw_only=True):
+    """A unit that ran here.  Never its content.
+
+    `peer` is the submitter's peer ID for a day, then a hash that only compares within this record.
+    """
+
+    unit_id: str
+    peer: str
+    peer_is_hash: bool
+    kind: str
+    device: str
+    started_at_ms: int
+    wall_ms: int
+    cpu_ms: int
+    input_bytes: int
+    output_bytes: int
+    peak_memory_bytes: int
+    status: str
+    wiped: bool
+    receipt_sha256: str
+
+
+class HistoryReply(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/history?limit=, newest first; DELETE /v1/history gives the empty one."""
+
+    schema: int = SCHEMA
+    enabled: bool
+    keep_days: int
+    units: list[PastUnitView]
+
+
+class HistoryRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """PUT /v1/history: record from now on, or do not."""
+
+    enabled: bool
 
 
 class ShareRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

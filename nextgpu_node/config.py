@@ -26,7 +26,9 @@ import tomlkit
 import tomlkit.exceptions
 
 from nextgpu_node.errors import ConfigError
+from nextgpu_node.hours import parse_hours, parse_window
 from nextgpu_node.paths import Paths
+from nextgpu_node.peer_terms import parse_terms
 from nextgpu_protocol.ids import public_key_from_peer_id
 from nextgpu_protocol.limits import (
     GIB,
@@ -182,6 +184,93 @@ class TextList:
         return [item.strip() for item in text.split(",") if item.strip()]
 
 
+@dataclass(frozen=True, slots=True)
+class Hours:
+    """Windows of the week; see hours.py.  In text, semicolons stand between them."""
+
+    expected: str = 'windows such as "22:00-07:00 mon-fri", or always'
+
+    def read(self, value: object) -> object:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(value)
+        return tuple(str(parse_window(item)) for item in value)
+
+    def parse(self, text: str) -> object:
+        if text.lstrip().startswith("["):
+            return tomllib.loads(f"list = {text}")["list"]
+        return parse_hours(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of what there is: "60%", or a size."""
+
+    expected: str = 'a part from "1%" to "100%", or a size such as "8 GiB"'
+
+    def read(self, value: object) -> object:
+        return str(parse_part(_require(value, str)))
+
+    def parse(self, text: str) -> object:
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """A share of something as a percentage: `max_utilisation = 60`, or "60%"."""
+
+    low: int
+    high: int = 100
+
+    @property
+    def expected(self) -> str:
+        return f"a percentage from {self.low} to {self.high}"
+
+    def read(self, value: object) -> object:
+        return Whole(self.low, self.high).read(value)
+
+    def parse(self, text: str) -> object:
+        return int(text.strip().removesuffix("%"))
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A whole number with its unit of measurement, which may be left out; 0 is no limit."""
+
+    low: int
+    high: int
+    unit: str
+
+    @property
+    def expected(self) -> str:
+        return f"0 for no limit, or {self.low} to {self.high} {self.unit}"
+
+    def read(self, value: object) -> object:
+        return Whole(self.low if value else 0, self.high).read(value)
+
+    def parse(self, text: str) -> object:
+        return int(text.strip().upper().removesuffix(self.unit.upper()))
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTermsList:
+    """Peers with limits of their own; see peer_terms.py."""
+
+    expected: str = 'a list such as "12D3KooW… units=1 seconds_per_day=3600 kinds=program,python"'
+
+    def read(self, value: object) -> object:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(value)
+        terms = [parse_terms(item) for item in value]
+        if len({one.peer_id for one in terms}) != len(terms):
+            raise ValueError(value)
+        return tuple(map(str, terms))
+
+    def parse(self, text: str) -> object:
+        if text.lstrip().startswith("["):
+            return tomllib.loads(f"list = {text}")["list"]
+        return [item.strip() for item in text.split(";") if item.strip()]
+
+
 def _require(value: object, kind: type[Any]) -> Any:
     if not isinstance(value, kind):
         raise ValueError(value)
@@ -194,6 +283,36 @@ def parse_size(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(text)
     return int(Decimal(match[1]) * _UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A limit that is a share of a total, or a size; `of` says how much that is."""
+
+    percent: int = 0
+    size_bytes: int = 0
+
+    def of(self, total_bytes: int) -> int:
+        """Bytes of `total_bytes`, all of them at most."""
+        if self.percent:
+            return total_bytes * self.percent // 100
+        return min(self.size_bytes, total_bytes)
+
+    def __str__(self) -> str:
+        return f"{self.percent}%" if self.percent else format_size(self.size_bytes)
+
+
+def parse_part(text: str) -> Part:
+    """ "60%" or a size; ValueError for anything else, and for nothing at all."""
+    if text.strip().endswith("%"):
+        percent = int(text.strip().removesuffix("%"))
+        if not 1 <= percent <= 100:
+            raise ValueError(text)
+        return Part(percent=percent)
+    size_bytes = parse_size(text)
+    if not size_bytes:
+        raise ValueError(text)
+    return Part(size_bytes=size_bytes)
 
 
 def format_size(size_bytes: int) -> str:
@@ -222,7 +341,16 @@ def _is_peer_id(text: str) -> bool:
 
 
 def _is_device(text: str) -> bool:
-    return re.fullmatch(r"auto|cpu|cuda:\d{1,2}", text) is not None
+    return text in ("auto", "all") or _is_label(text)
+
+
+def _is_label(text: str) -> bool:
+    return re.fullmatch(r"cpu|(cuda|xpu):\d{1,2}", text) is not None
+
+
+def _is_program_name(text: str) -> bool:
+    """As the kernel names processes: the file's name, without its directory."""
+    return 0 < len(text) <= 255 and "/" not in text and text.isprintable()
 
 
 def _setting(default: object, rule: Rule) -> Any:
@@ -237,6 +365,9 @@ _PEER_IDS = TextList('peer IDs such as "12D3KooW…"', _is_peer_id)
 _STREAM_SIZE = Size(1 * MIB, MAX_STREAM_BYTES)
 _MEMORY_SIZE = Size(256 * MIB, MAX_MEMORY_BYTES)
 _UNIT_SECONDS = Whole(1, MAX_UNIT_SECONDS)
+_DEVICE_LABELS = TextList('devices such as "cuda:1" or "cpu"', _is_label)
+_PROGRAMS = TextList('names of programs such as "blender"', _is_program_name)
+_RESERVE_SIZE = Size(0, 1024 * GIB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,12 +395,31 @@ class NetworkConfig:
 class SharingConfig:
     # Off until the owner says yes.
     enabled: bool = _setting(False, Switch())
-    device: str = _setting("auto", Text('"auto", "cpu" or "cuda:N"', _is_device))
+    device: str = _setting("auto", Text('"auto", "all", "cpu" or "cuda:N"', _is_device))
+    exclude_devices: tuple[str, ...] = _setting((), _DEVICE_LABELS)
+    # When.
+    hours: tuple[str, ...] = _setting((), Hours())
+    on_battery: bool = _setting(False, Switch())
+    only_when_idle: bool = _setting(False, Switch())
+    idle_minutes: int = _setting(5, Whole(1, 24 * 60))
+    exclusive_apps: tuple[str, ...] = _setting((), _PROGRAMS)
+    # While.
+    max_temperature: int = _setting(0, Measure(30, 120, "C"))
+    max_power: int = _setting(0, Measure(10, 5000, "W"))
+    max_foreign_vram_bytes: int = _setting(1 * GIB, _RESERVE_SIZE)
+    max_foreign_gpu: int = _setting(0, Portion(0))
+    max_foreign_cpu: int = _setting(0, Portion(0))
+    min_free_memory_bytes: int = _setting(256 * MIB, _RESERVE_SIZE)
+    min_free_disk_bytes: int = _setting(256 * MIB, _RESERVE_SIZE)
     allow: tuple[str, ...] = _setting((), _PEER_IDS)
     deny: tuple[str, ...] = _setting((), _PEER_IDS)
     serve: Literal["allow", "tokens", "everyone"] = _setting(
         "allow", Choice(("allow", "tokens", "everyone"))
     )
+    # Of one peer; 0: no limit of its own.  `peers` names those for whom other ones hold.
+    peer_units: int = _setting(0, Whole(0, 64))
+    peer_seconds_per_day: int = _setting(0, Whole(0, 64 * 86_400))
+    peers: tuple[str, ...] = _setting((), PeerTermsList())
     # By name only: there is no value that means everyone.
     python_allow: tuple[str, ...] = _setting((), _PEER_IDS)
     minimum_isolation: Literal["A", "B", "C"] = _setting("A", Choice(("A", "B", "C")))
@@ -278,11 +428,26 @@ class SharingConfig:
     max_memory_bytes: int = _setting(4 * GIB, _MEMORY_SIZE)
     max_input_bytes: int = _setting(2 * GIB, _STREAM_SIZE)
     max_output_bytes: int = _setting(2 * GIB, _STREAM_SIZE)
+    max_vram: str = _setting("100%", Share())
+    # Of the time: a unit rests between its steps.
+    max_utilisation: int = _setting(100, Portion(5))
+    max_scratch_bytes: int = _setting(64 * MIB, Size(1 * MIB, 64 * GIB))
+    # Bytes of ciphertext in a second, all units together; 0: no limit.
+    max_upload_bytes: int = _setting(0, _RESERVE_SIZE)
+    max_download_bytes: int = _setting(0, _RESERVE_SIZE)
     # 0: none kept warm; the first unit then waits for a fork.
     warm_workers: int = _setting(1, Whole(0, 16))
     # 0: half of the cores, at least one; the owner keeps the rest.
     threads: int = _setting(0, Whole(0, 1024))
     requests_per_minute: int = _setting(60, Whole(1, 100_000))
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryConfig:
+    """What is remembered of units that ran here (store/unit_history.py)."""
+
+    record: bool = _setting(True, Switch())
+    keep_days: int = _setting(7, Whole(1, 3650))
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +479,7 @@ class Config:
     node: NodeConfig = NodeConfig()
     network: NetworkConfig = NetworkConfig()
     sharing: SharingConfig = SharingConfig()
+    history: HistoryConfig = HistoryConfig()
     log: LogConfig = LogConfig()
     submit: SubmitConfig = SubmitConfig()
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -343,6 +509,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "node": NodeConfig,
     "network": NetworkConfig,
     "sharing": SharingConfig,
+    "history": HistoryConfig,
     "log": LogConfig,
     "submit": SubmitConfig,
 }
@@ -524,21 +691,58 @@ def _nearest(dotted: str) -> str | None:
 
 
 def set_value(path: Path, dotted: str, text: str) -> object:
-    """Set one key in the file at `path`, keeping its comments and order; returns the value.
+    """`set_values` of one key; returns its value."""
+    return set_values(path, {dotted: text})[dotted]
+
+
+def set_values(path: Path, changes: Mapping[str, str]) -> dict[str, object]:
+    """Set keys in the file at `path`, keeping its comments and order; returns their values.
 
     The new text is checked as a whole before the file is replaced in one step: on any error,
     raised as ConfigError, the file is as it was.
     """
-    value = _parse_text(dotted, text, "config set")
-    checked = _read_value(dotted, value, "config set")
-    old = _read_text(path)
-    new = _with_value(old or f"version = {VERSION}\n", dotted, value, str(path))
-    _read_toml(new, str(path))
+    checked = read_changes(changes)
+    text = _read_text(path) or f"version = {VERSION}\n"
+    for dotted, change in changes.items():
+        text = _with_value(text, dotted, _parse_text(dotted, change, "config set"), str(path))
+    _read_toml(text, str(path))
     try:
-        _replace_file(path.resolve(), new)
+        _replace_file(path.resolve(), text)
     except OSError as exc:
         raise ConfigError(f"{path}: can not be written: {exc.strerror}. It is unchanged.") from exc
     return checked
+
+
+def read_changes(changes: Mapping[str, str]) -> dict[str, object]:
+    """The values of settings that are given as text.  Raises ConfigError for the first bad one."""
+    return {
+        dotted: _read_value(dotted, _parse_text(dotted, text, "config set"), "config set")
+        for dotted, text in changes.items()
+    }
+
+
+def with_changes(config: Config, checked: Mapping[str, object]) -> Config:
+    """`config` where the values that `read_changes` gave hold; origins stay as they were."""
+    sections: dict[str, Any] = {}
+    for dotted, value in checked.items():
+        setting = SETTINGS[dotted]
+        section = sections.get(setting.section, getattr(config, setting.section))
+        sections[setting.section] = dataclasses.replace(section, **{setting.attribute: value})
+    return dataclasses.replace(config, **sections)
+
+
+def shown(dotted: str, value: object) -> str:
+    """A value in the short form in which it can be given again."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case int() if SETTINGS[dotted].attribute.endswith("_bytes"):
+            return format_size(value)
+        case tuple() | list():
+            between = "; " if isinstance(SETTINGS[dotted].rule, Hours | PeerTermsList) else ","
+            return between.join(map(str, value))
+        case _:
+            return str(value)
 
 
 def _with_value(text: str, dotted: str, value: object, origin: str) -> str:

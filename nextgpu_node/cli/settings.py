@@ -59,12 +59,4 @@ def path(*, ctx: Ctx) -> int:
 
 
 def _shown(key: str, value: object) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case int() if config.SETTINGS[key].attribute.endswith("_bytes"):
-            return config.format_size(value)
-        case tuple() | list():
-            return ",".join(map(str, value)) or "(none)"
-        case _:
-            return str(value)
+    return config.shown(key, value) or "(none)"
