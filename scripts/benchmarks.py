@@ -49,7 +49,7 @@ from nextgpu_protocol.limits import (  # noqa: E402
     MIB,
 )
 from nextgpu_protocol.sealing import CiphertextHash, KeyPair, Opener, Sealer  # noqa: E402
-from tests.support.nodes import Trio, network_of_three  # noqa: E402
+from tests.support.nodes import Trio, network_of_three, swarm  # noqa: E402
 
 NAMES = (
     "roundtrip",
@@ -465,8 +465,8 @@ def sandbox() -> dict[str, Any]:
     from scripts import bench_sandbox as bench
 
     figures = trio.run(bench.measure, milliseconds)
-    with network_of_three(bench.BOMB_SETTINGS) as nodes:
-        figures["status"] = trio.run(bench.status_under_bombs, nodes, milliseconds)
+    with swarm(1, bench.BOMB_SETTINGS, allow_python=True) as nodes:
+        figures["status"] = trio.run(bench.status_of_provider, nodes, milliseconds)
     return figures
 
 
