@@ -74,9 +74,8 @@ _FUTEX_PRIVATE: Final = 128
 _FUTEX_COMMAND: Final = 127
 # pthread_join waits without the private bit, for the kernel's own wake at a thread's end.
 _FUTEX_WAIT_BITSET: Final = 9
-# To wake without it could reach another process, so nobody may sleep who would be woken that way:
-# "the value has changed" has libstdc++'s locks around static variables and std::future look again.
-_FUTEX_REFUSED: Final = errno.EAGAIN
+# To wake without it could reach another process.  So nobody may sleep who would be woken that way:
+# refused, libstdc++'s locks around static variables look again, and std::future does.
 # NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTNEED, FREE, DONTFORK, DOFORK, HUGEPAGE, NOHUGEPAGE,
 # DONTDUMP, DODUMP, POPULATE_READ, POPULATE_WRITE, GUARD_INSTALL, GUARD_REMOVE.  Not MERGEABLE
 # (pages shared with other processes can be timed) and not PAGEOUT (to swap).
@@ -138,7 +137,7 @@ def _cpu_rules() -> list[Rule]:
     return [
         # Memory shared with nobody: RLIMIT_DATA counts it, and no other process can be met in it.
         Rule("mmap", ((Check(3, 0, _MAP_SHARED | _MAP_HUGETLB),),)),
-        Rule("futex", _futex_alternatives(), _FUTEX_REFUSED),
+        Rule("futex", _futex_alternatives()),
         Rule("ioctl", _any_of(_IOCTLS, 1), errno.ENOTTY),
         Rule("prctl", _any_of((_PR_GET_NAME, _PR_GET_DUMPABLE), 0)),
     ]
