@@ -45,12 +45,16 @@ class Purpose(Enum):
 class ScheduleLimits:
     """`failures`: attempts of one shard that may end badly; a refusal is none.
 
+    `at_once`: attempts that run at the same moment, over all peers; each may hold a unit, and so a
+    few open files of two daemons and a part of the network.
+
     `patience_s`: how long nothing may run before what waits is given up; `first_patience_s`: the
     same for as long as nobody ever took anything and nobody is there who might.
     """
 
     failures: int = 6
     copies: int = 2
+    at_once: int = 128
     patience_s: float = 60.0
     first_patience_s: float = 60.0
     # Among strangers: one peer's word that a shard fails everywhere is not enough.
@@ -622,18 +626,29 @@ class Schedule:
     # --- assigning ------------------------------------------------------------------------
 
     def _assign(self, now_s: float) -> list[Effect]:
-        """One shard for each peer in turn, until nobody has a slot or nothing fits."""
+        """One shard for each peer in turn, until nobody has a slot or nothing fits.
+
+        Those with the least to do come first, so that a unit that is open is used again before
+        another one is opened.
+        """
         effects: list[Effect] = []
         gave = True
-        while gave:
+        while gave and self._has_work:
             gave = False
-            for peer_id in self._order:
+            for peer_id in sorted(self._order, key=self.in_flight):
+                if len(self._attempts) >= self._limits.at_once or not self._has_work:
+                    break
                 if self._peers[peer_id].has_slot and (start := self._next_for(peer_id, now_s)):
                     effects.append(start)
                     gave = True
         if self._peers[HERE].has_slot and (start := self._next_here(now_s)):
             effects.append(start)
         return effects
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether there may be something to give; a straggler is known by the typical time."""
+        return bool(self._waiting or self._unchecked or (self._attempts and self._times_s))
 
     def _next_for(self, peer_id: str, now_s: float) -> Start | None:
         peer = self._peers[peer_id]

@@ -12,6 +12,7 @@ peer gets few.  Which peer, how long to leave one alone and what to do about an 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections import Counter, deque
@@ -21,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import structlog
 import trio
 
 from nextgpu_node.api_types import PeerView
@@ -44,7 +44,8 @@ from nextgpu_protocol.errors import ErrorCode
 if TYPE_CHECKING:
     from nextgpu_node.graph.artifact import Program
 
-log = structlog.get_logger()
+# The standard library's: in a user's process it is for the user to turn on.
+log = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.1
 # A unit costs about this much to open: a queue that is empty sooner is not worth another one.
@@ -458,7 +459,7 @@ class Lane:
                 self.units.remove(unit)
         except NextGPUError as exc:
             remedy = self._dispatcher.book.failed(peer.peer_id, exc)
-            log.debug("unit.not_opened", cause=type(exc).__name__, remedy=remedy.value)
+            log.debug("unit.not_opened cause=%s remedy=%s", type(exc).__name__, remedy.value)
         finally:
             self._dispatcher.release(peer.peer_id)
             self._tended -= 1
@@ -488,7 +489,7 @@ class Lane:
 
     def _note_end(self, unit: OpenUnit, error: NextGPUError) -> None:
         """What the end of `unit` says about its peer, or about the program."""
-        log.debug("unit.ended_early", cause=type(error).__name__)
+        log.debug("unit.ended_early cause=%s", type(error).__name__)
         if unit.was_cancelled:
             return  # by us: it says nothing about the peer
         if not unit.failed_in_worker:

@@ -10,6 +10,7 @@ exported in a second one, once for each shape of its inputs.  docs/executor.md
 from __future__ import annotations
 
 import atexit
+import logging
 import operator
 import os
 import sys
@@ -24,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import structlog
 import torch
 import trio
 
@@ -44,7 +44,7 @@ from nextgpu_node.sdk.python_unit import encode_function, result_of
 from nextgpu_node.sdk.unit import Needs
 from nextgpu_protocol.messages import DEVICE_KINDS
 
-log = structlog.get_logger()
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -252,7 +252,7 @@ class _Engine:
             trio.run(self._serve)
         except BaseException as exc:  # whatever it was: nobody may be left waiting
             self.broken = exc
-            log.error("executor.broken", cause=type(exc).__name__)
+            log.error("executor.broken cause=%s", type(exc).__name__)
         finally:
             self._up.set()
             self._settle_rest()

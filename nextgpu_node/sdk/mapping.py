@@ -9,6 +9,7 @@ Exactly one result of each shard is kept.  A shard that fails is listed, and the
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -234,6 +235,7 @@ class MapRun:
         self._stored = trio.Event()
         self._examining: set[int] = set()
         self._failure: NextGPUError | None = None
+        self._show_again_s = math.inf
 
     async def run(self) -> None:
         """Until every shard is kept or given up.
@@ -312,12 +314,12 @@ class MapRun:
     def _show_peers(self) -> None:
         if self._options.here:
             return
-        known = frozenset(one.peer.peer_id for one in self.book.appraisals() if not one.excluded)
         slots = []
         for peer in self.book.candidates():
             self._views[peer.peer_id] = peer
             slots.append((peer.peer_id, self._slots_of(peer)))
-        self._handle(PeersSeen(tuple(slots), known))
+        self._show_again_s = self.book.next_return_s()
+        self._handle(PeersSeen(tuple(slots), self.book.known()))
 
     def _slots_of(self, peer: PeerView) -> int:
         """What it has free besides what we hold; at least one, since asking is how to find out."""
@@ -326,8 +328,11 @@ class MapRun:
         return min(self._options.in_flight, self._slots[peer.peer_id])
 
     async def _tick(self) -> None:
+        """Who failed, and whose pause is over, is looked at here: once for many failures."""
         while True:
             await trio.sleep(_TICK_S)
+            if trio.current_time() >= self._show_again_s:
+                self._show_peers()
             self._handle(Tick())
 
     # --- decisions, performed -------------------------------------------------------------
@@ -396,7 +401,7 @@ class MapRun:
         self._handle(event)
         # Where our own daemon is away, asking the next peer would only spin.
         if isinstance(event, Failed) and event.remedy is not Remedy.LOCAL:
-            self._show_peers()
+            self._show_again_s = 0.0
         if start.attempt_id not in self._examining:
             self._outcomes.pop(start.attempt_id, None)
 

@@ -8,6 +8,7 @@ One book is shared by everything that one process submits to the same needs.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -41,6 +42,10 @@ class _Standing:
 
     def may_be_asked(self, now_s: float) -> bool:
         return not self.out and self.paused_until_s <= now_s
+
+
+# Of a peer that nothing happened with yet; only read.
+_UNKNOWN: Final = _Standing()
 
 
 class PeerBook:
@@ -88,10 +93,17 @@ class PeerBook:
     def appraisals(self) -> list[Appraisal]:
         """Everybody, weighed: those that may be asked, best first, then the excluded ones."""
         told = [
-            replace(one, excluded=one.excluded or self._standing(one.peer.peer_id).out)
-            for one in self._weighed
+            replace(one, excluded=one.excluded or self._seen_as(one).out) for one in self._weighed
         ]
         return sorted(told, key=lambda one: bool(one.excluded))
+
+    def known(self) -> frozenset[str]:
+        """Whom to ask now or after a pause: everybody who is not excluded."""
+        return frozenset(
+            one.peer.peer_id
+            for one in self._weighed
+            if not one.excluded and not self._seen_as(one).out
+        )
 
     def candidates(self) -> list[PeerView]:
         """Whom to ask now, best first: neither excluded nor paused."""
@@ -99,8 +111,14 @@ class PeerBook:
         return [
             one.peer
             for one in self._weighed
-            if not one.excluded and self._standing(one.peer.peer_id).may_be_asked(now_s)
+            if not one.excluded and self._seen_as(one).may_be_asked(now_s)
         ]
+
+    def next_return_s(self) -> float:
+        """When the next pause is over, in trio's time; infinity where nobody is paused."""
+        now_s = trio.current_time()
+        pauses = (one.paused_until_s for one in self._standings.values() if not one.out)
+        return min((end_s for end_s in pauses if end_s > now_s), default=math.inf)
 
     def succeeded(self, peer_id: str, *, moved_bytes: int = 0, seconds: float = 0.0) -> None:
         """A unit or a call came back; bytes and seconds of its transfer, where known."""
@@ -144,7 +162,7 @@ class PeerBook:
     def nobody(self) -> NextGPUError:
         """Why nobody took the work: NoPeerFound, or Refused where peers were there."""
         words = Counter(
-            (one.excluded or self._standing(one.peer.peer_id).last_words or "gave no answer")
+            one.excluded or self._seen_as(one).last_words or "was not asked yet"
             for one in self.appraisals()
         )
         here = {one.peer.peer_id for one in self._weighed}
@@ -157,6 +175,9 @@ class PeerBook:
             )
         told = "; ".join(f"{count} x {why}" for why, count in words.most_common(_SHOWN_REASONS))
         return Refused(f"No peer took the work ({sum(words.values())} known): {told}")
+
+    def _seen_as(self, one: Appraisal) -> _Standing:
+        return self._standings.get(one.peer.peer_id, _UNKNOWN)
 
     def _standing(self, peer_id: str) -> _Standing:
         return self._standings.setdefault(peer_id, _Standing())

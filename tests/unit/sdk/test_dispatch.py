@@ -251,13 +251,16 @@ async def test_nobody_there_is_said_after_a_while(tmp_path: Path, pick: Program)
     assert isinstance(job.outcome, NoPeerFound)
 
 
-async def test_everybody_full_is_said_after_a_while(tmp_path: Path, pick: Program) -> None:
+async def test_everybody_full_is_said_after_a_while(
+    tmp_path: Path, pick: Program, capfd: pytest.CaptureFixture[str]
+) -> None:
     peers = [FarmPeer(refuse=ErrorCode.BUSY) for _ in range(3)]
     (job,) = wants(pick, 1)
     async with dispatching(tmp_path, *peers) as dispatcher:
         await run_all(dispatcher, pick, [job])
     assert isinstance(job.outcome, Refused)
     assert "in use" in str(job.outcome)
+    assert capfd.readouterr() == ("", "")  # a library prints nothing of its own
 
 
 async def test_without_a_daemon_calls_fail_at_once(tmp_path: Path, pick: Program) -> None:
