@@ -297,7 +297,9 @@ class MapRun:
         away_since_s: float | None = None
         while True:
             try:
+                held = {peer_id: self._runner.units_on(peer_id) for peer_id in self._views}
                 await self.book.refresh()
+                self._count_slots(held)
                 away_since_s = None
             except DaemonUnreachable as exc:
                 now_s = trio.current_time()
@@ -321,11 +323,15 @@ class MapRun:
         self._show_again_s = self.book.next_return_s()
         self._handle(PeersSeen(tuple(slots), self.book.known()))
 
+    def _count_slots(self, held: Mapping[str, int]) -> None:
+        """What each has free besides the units that were `held` when it said so; at least one,
+        since asking is how to find out."""
+        for peer in self.book.candidates():
+            seen = peer.free_slots + held.get(peer.peer_id, 0)
+            self._slots[peer.peer_id] = max(1, self._slots.get(peer.peer_id, 0), seen)
+
     def _slots_of(self, peer: PeerView) -> int:
-        """What it has free besides what we hold; at least one, since asking is how to find out."""
-        seen = peer.free_slots + self._runner.units_on(peer.peer_id)
-        self._slots[peer.peer_id] = max(1, self._slots.get(peer.peer_id, 0), seen)
-        return min(self._options.in_flight, self._slots[peer.peer_id])
+        return min(self._options.in_flight, self._slots.get(peer.peer_id, 1))
 
     async def _tick(self) -> None:
         """Who failed, and whose pause is over, is looked at here: once for many failures."""
