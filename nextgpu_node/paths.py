@@ -373,6 +373,13 @@ ELSEWHERE: tuple[ElsewhereKind, ...] = (
         "until the demo ends",
     ),
     ElsewhereKind(
+        "privacy-audit",
+        ("{tmp}/nextgpu-audit-*",),
+        "two nodes of `nextgpu privacy audit`",
+        "homes and logs, searched for the audit's own marked text",
+        "until the audit ends",
+    ),
+    ElsewhereKind(
         "temporary-probe",
         # Eight letters of tempfile's alphabet.
         ("{tmp}/" + "[a-z0-9_]" * 8,),

@@ -72,6 +72,10 @@ _GROUPS: Final = {
             ("attenuate", "tokens:attenuate", "Make a narrower token out of one, offline."),
         ),
     ),
+    "privacy": (
+        "What this software leaves of a work unit.",
+        (("audit", "privacy:audit", "Send a marked job and search what is left of it."),),
+    ),
     "data": (
         "What this software keeps on this machine.",
         (

@@ -41,7 +41,9 @@ class DaemonProcess:
         settings: Mapping[str, str] | None = None,
         log: IO[bytes] | None = None,
         module: str = "nextgpu_node.daemon.main",
+        environ: Mapping[str, str] | None = None,
     ) -> None:
+        """`environ` replaces this process's own."""
         self.home = home
         self.paths = Paths.under(home)
         self._settings = {
@@ -51,6 +53,7 @@ class DaemonProcess:
         }
         self._log = log
         self._module = module
+        self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> DaemonProcess:
@@ -95,6 +98,7 @@ class DaemonProcess:
             stdout=subprocess.DEVNULL,
             stderr=self._log or subprocess.DEVNULL,
             start_new_session=True,
+            env=self._environ,
         )
         os.close(writer)
         self._ready_pipe = os.fdopen(reader)

@@ -1,0 +1,1 @@
+"""Searches what a machine leaves of a marked text: files, memory, descriptors, shared memory."""
