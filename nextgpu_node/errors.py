@@ -84,6 +84,10 @@ class PeerLost(NextGPUError):
     """The connection to the peer ended before the results were complete."""
 
 
+class ConnectionLost(PeerLost):
+    """The connection to the peer broke, which neither side wanted."""
+
+
 class OutOfMemory(JobFailed):
     """The work unit needed more memory than its limit."""
 

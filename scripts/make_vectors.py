@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from nacl import bindings as sodium
 
 from nextgpu_protocol.errors import SENTENCES, ErrorCode
-from nextgpu_protocol.session import TRANSITIONS, SessionState
+from nextgpu_protocol.session import RESUMPTION, TRANSITIONS, SessionState, Table
 
 PROTOCOL = Path(__file__).resolve().parent.parent / "protocol"
 VECTORS = PROTOCOL / "vectors"
@@ -232,6 +232,15 @@ ACK: Fields = {
     "unit_id": HEADER["unit_id"],
     "receipt_hash": hash_of("envelope", RECEIPT_ENVELOPE),
 }
+RESUME: Fields = {
+    "suite": 1,
+    "unit_id": HEADER["unit_id"],
+    "header_hash": hash_of("envelope", HEADER_ENVELOPE),
+    "attempt": 3,
+    "received": 40,
+    "issued_at_ms": NOW_MS + 5000,
+    "expires_at_ms": NOW_MS + 65_000,
+}
 CAPACITY: Fields = {
     "suites": [1],
     "devices": [DEVICE],
@@ -287,6 +296,7 @@ SIGNED: dict[str, tuple[Identity, Fields]] = {
     "header": (SUBMITTER, HEADER),
     "receipt": (PROVIDER, RECEIPT),
     "ack": (SUBMITTER, ACK),
+    "resume": (SUBMITTER, RESUME),
     "capacity": (PROVIDER, CAPACITY),
     "token": (PROVIDER, BLOCK),
     "token use": (TOKEN_KEYS[0], USE),
@@ -295,6 +305,7 @@ SIGNED: dict[str, tuple[Identity, Fields]] = {
 }
 MESSAGES: dict[str, Fields] = {name: fields for name, (_, fields) in SIGNED.items()} | {
     "refusal": REFUSAL,
+    "resumed": {"received": 12_345},
     "manifest": MANIFEST,
     "summary": SUMMARY,
     "request token": {"blocks": [BLOCK_ENVELOPE], "use": USE_ENVELOPE},
@@ -484,6 +495,8 @@ def fields_of_another_size() -> Iterator[Vector]:
         ("receipt", "output_hash", 31),
         ("ack", "unit_id", 17),
         ("ack", "receipt_hash", 31),
+        ("resume", "unit_id", 15),
+        ("resume", "header_hash", 33),
     ]
     for type_, name, size in cases:
         data = changed(type_, **{name: bytes(size)})
@@ -538,6 +551,7 @@ def amounts_out_of_their_bounds() -> Iterator[Vector]:
 @scenario
 def lifetimes_out_of_their_bounds() -> Iterator[Vector]:
     longest = {"request": 600_000, "offer": 60_000, "header": 600_000, "capacity": 300_000}
+    longest |= {"resume": 60_000}
     for type_, longest_ms in longest.items():
         issued = MESSAGES[type_]["issued_at_ms"]
         for name, lifetime in (("zero", 0), ("reversed", -1), ("too-long", longest_ms + 1)):
@@ -815,6 +829,17 @@ CHECKED_WITH: dict[str, Fields] = {
         "sent": RECEIPT["input_hash"],
     },
     "capacity": {"provider_key": PROVIDER.public, "now_ms": NOW_MS},
+    "resume": {
+        "unit_id": HEADER["unit_id"],
+        "header_hash": hash_of("envelope", HEADER_ENVELOPE),
+        "submitter_key": SUBMITTER.public,
+        "peer_key": SUBMITTER.public,
+        "connection_key": SUBMITTER.public,
+        "last_attempt": 2,
+        "kept_from": 30,
+        "sent": 62,
+        "now_ms": NOW_MS + 6000,
+    },
 }
 
 
@@ -925,6 +950,34 @@ def capacities_that_are_another_peers_or_old() -> Iterator[Vector]:
         yield check("capacity", name, "One thing does not fit.", data, expect, **changes)
 
 
+@scenario
+def resumes_that_do_not_go_on_with_this_unit() -> Iterator[Vector]:
+    good, now = signed_with("resume"), RESUME["expires_at_ms"]
+    other = seed("another header")
+    cases: list[tuple[str, bytes, str, Fields]] = [
+        ("over-another-peers-connection", good, "WRONG_PEER", {"connection_key": STRANGER.public}),
+        ("of-another-submitter", signed_with("resume", STRANGER), "WRONG_PEER", {}),
+        ("by-the-provider", signed_with("resume", PROVIDER), "WRONG_PEER", {}),
+        ("of-another-unit", good, "UNKNOWN_UNIT", {"unit_id": bytes(16)}),
+        ("of-another-header", signed_with("resume", header_hash=other), "WRONG_OFFER", {}),
+        ("replayed", good, "REPLAYED", {"last_attempt": 3}),
+        ("of-an-earlier-attempt", good, "REPLAYED", {"last_attempt": 2**62}),
+        ("attempt-0", signed_with("resume", attempt=0), "REPLAYED", {"last_attempt": 0}),
+        ("more-than-was-sent", signed_with("resume", received=63), "WRONG_OFFSET", {}),
+        ("no-longer-kept", signed_with("resume", received=29), "WRONG_OFFSET", {}),
+        ("from-nothing", signed_with("resume", received=0), "WRONG_OFFSET", {}),
+        ("expired", good, "EXPIRED", {"now_ms": now + 300_001}),
+        ("not-yet-valid", good, "NOT_YET_VALID", {"now_ms": RESUME["issued_at_ms"] - 300_001}),
+        ("suite-0", signed_with("resume", suite=0), "UNKNOWN_SUITE", {}),
+        ("suite-2", signed_with("resume", suite=2), "UNKNOWN_SUITE", {}),
+    ]
+    for name, data, expect, changes in cases:
+        yield check("resume", name, "One thing does not fit.", data, expect, **changes)
+    for name, received in (("all-it-was-sent", 62), ("the-oldest-that-is-kept", 30)):
+        data = signed_with("resume", received=received)
+        yield check("resume", name, "At the end of what is possible.", data)
+
+
 # ------------------------------------------------------------------ frames
 
 KINDS = {
@@ -940,6 +993,8 @@ KINDS = {
     "CANCEL": 10,
     "CAPACITY": 11,
     "SUCCESSIONS": 12,
+    "RESUME": 13,
+    "RESUMED": 14,
 }
 
 
@@ -974,7 +1029,7 @@ def frames_that_are_wrong() -> Iterator[Vector]:
     comment = "Refused from the five bytes alone: 266240 is the limit."
     yield bad_frames("length-over", comment, over, "TOO_LARGE")
     yield bad_frames("length-huge", "2^32-1 bytes.", b"\xff\xff\xff\xff\5", "TOO_LARGE")
-    for kind in (0, 13, 31, 36, 50, 255):
+    for kind in (0, 15, 31, 36, 50, 255):
         data = struct.pack(">IB", 1, kind)
         yield bad_frames(f"kind-{kind}", "A kind that does not exist.", data, "MALFORMED")
     whole = frame("DATA", b"abc")
@@ -1321,9 +1376,17 @@ def said(*steps: str) -> bytes:
     return b"".join(step[0].encode() + bytes([KINDS[step[2:]]]) for step in steps)
 
 
-def session(name: str, comment: str, steps: tuple[str, ...], expect: str, state: str) -> Vector:
+def session(
+    name: str,
+    comment: str,
+    steps: tuple[str, ...],
+    expect: str,
+    state: str,
+    table: str = "",
+) -> Vector:
     decoded = {"steps": list(steps), "state": state}
-    return Vector(f"session-{name}", comment, "session", said(*steps), expect, {}, decoded)
+    params = {"table": table} if table else {}
+    return Vector(f"session-{name}", comment, "session", said(*steps), expect, params, decoded)
 
 
 OPENED = ("S REQUEST", "P OFFER", "S HEADER")
@@ -1378,10 +1441,35 @@ def conversations_with_one_wrong_step() -> Iterator[Vector]:
         ("ack-by-provider", receipted, "P ACK", "receipted"),
         ("request-after-close", (*receipted, "S ACK"), "S REQUEST", "closed"),
         ("capacity-in-a-unit", OPENED[:1], "P CAPACITY", "requested"),
+        ("resume-first", (), "S RESUME", "idle"),
+        ("resume-while-streaming", OPENED, "S RESUME", "streaming"),
+        ("resumed-unasked", OPENED, "P RESUMED", "streaming"),
     ]
     for name, before, wrong, state in cases:
         comment = f"The last step, {wrong}, is not in the table."
         yield session(name, comment, (*before, wrong), "UNEXPECTED_MESSAGE", state)
+
+
+@scenario
+def streams_that_take_another_ones_place() -> Iterator[Vector]:
+    asked = ("S RESUME",)
+    rights = [("taken", "P RESUMED", "streaming"), ("refused", "P REFUSAL", "closed")]
+    for name, last, state in rights:
+        comment = "How a stream begins that takes the place of one that was lost."
+        yield session(f"resuming-{name}", comment, (*asked, last), "ok", state, "resuming")
+    cases: list[tuple[str, tuple[str, ...], str, str]] = [
+        ("data-first", (), "S DATA", "idle"),
+        ("request-first", (), "S REQUEST", "idle"),
+        ("resumed-unasked", (), "P RESUMED", "idle"),
+        ("data-before-the-answer", asked, "S DATA", "requested"),
+        ("resume-twice", asked, "S RESUME", "requested"),
+        ("by-the-provider", (), "P RESUME", "idle"),
+        ("offer-for-an-answer", asked, "P OFFER", "requested"),
+    ]
+    for name, before, wrong, state in cases:
+        comment = f"The last step, {wrong}, is not in the table of 47-resuming."
+        steps = (*before, wrong)
+        yield session(f"resuming-{name}", comment, steps, "UNEXPECTED_MESSAGE", state, "resuming")
 
 
 # ------------------------------------------------------------------ capability tokens
@@ -1669,10 +1757,19 @@ def successions_that_do_not() -> Iterator[Vector]:
 # ------------------------------------------------------------------ tables of the spec
 
 
-def transition_table() -> str:
+def table_rows(table: Table) -> list[str]:
     lines = ["| state | sender | frame | next state |", "|---|---|---|---|"]
-    for (state, side, kind), following in TRANSITIONS.items():
+    for (state, side, kind), following in table.items():
         lines.append(f"| {state.value} | {side} | {kind.name} | {following.value} |")
+    return lines
+
+
+def resumption_table() -> str:
+    return "\n".join(table_rows(RESUMPTION))
+
+
+def transition_table() -> str:
+    lines = table_rows(TRANSITIONS)
     last = [state.value for state in SessionState if not any(k[0] is state for k in TRANSITIONS)]
     return "\n".join([*lines, "", f"States without a row: {', '.join(last)}."])
 
@@ -1757,6 +1854,7 @@ def examples() -> str:
 
 TABLES = {
     "45-session.md": ("transitions", transition_table),
+    "47-resuming.md": ("transitions", resumption_table),
     "errors.md": ("codes", error_table),
     "80-examples.md": ("examples", examples),
 }

@@ -23,6 +23,7 @@ from nextgpu_node.clock import now_ms
 from nextgpu_node.core import lending as core
 from nextgpu_node.core.admission import Grant
 from nextgpu_node.core.tokens import Reservation
+from nextgpu_node.daemon.lasting import LastingFrames, Link, LinkStream
 from nextgpu_node.daemon.workers import status_of_exit
 from nextgpu_node.errors import NetworkError, PeerLost, SandboxError, StoreError
 from nextgpu_node.frames import ByteStream, FrameStream
@@ -30,12 +31,13 @@ from nextgpu_node.identity import Identity
 from nextgpu_node.sandbox.launcher import Worker
 from nextgpu_node.sandbox.slots import WorkerExit
 from nextgpu_node.store.token_ledger import TokenLedger
+from nextgpu_protocol.checks import LentUnitLink, check_resume_untrusted
 from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import Frame, FrameKind
-from nextgpu_protocol.ids import PeerId, PeerKey
-from nextgpu_protocol.limits import MAX_OFFER_LIFETIME_MS
+from nextgpu_protocol.ids import PeerId, PeerKey, public_key_from_peer_id
+from nextgpu_protocol.limits import MAX_OFFER_LIFETIME_MS, RESUME_GRACE_MS
 from nextgpu_protocol.local import Assignment
 from nextgpu_protocol.messages import (
     SUITE,
@@ -46,6 +48,8 @@ from nextgpu_protocol.messages import (
     Refusal,
     UnitHeader,
     UnitRequest,
+    UnitResume,
+    UnitResumed,
     WipeStep,
 )
 from nextgpu_protocol.sealing import CiphertextHash, transcript_hash
@@ -106,9 +110,9 @@ class LentUnit:
     ) -> None:
         """`take_python_worker` gives the runtime too: it is another process than the others."""
         self.id = session_id
-        self._stream = stream
         self._sender = sender
-        self._frames = FrameStream(stream)
+        self._frames = LastingFrames(stream)
+        self._attempt = 0
         self._decider = decider
         self._take_from_pool = take_worker
         self._take_python_worker = take_python_worker
@@ -174,6 +178,7 @@ class LentUnit:
             if self._worker is not None:
                 await self._worker.finish()
             self._decider.handle(core.SessionOver(self.id), now_ms=now_ms())
+            self._frames.finish()
             self.finished.set()
 
     async def _converse(self, nursery: trio.Nursery) -> None:
@@ -330,10 +335,40 @@ class LentUnit:
             await self._worker_frames.send(FrameKind.ASSIGN, assignment)
         assert self._worker is not None
         self._worker.restart_clock(offer.message.max_seconds)
+        self._frames.lasts(RESUME_GRACE_MS / 1000)
         log.info("unit.started", unit_id=self.unit_id)
         nursery.start_soon(self._guard, self._pump_in, self._stoppable())
         nursery.start_soon(self._guard, self._pump_out, self._delivery)
         nursery.start_soon(self._guard, self._watch_worker, self._stoppable())
+
+    async def resume_untrusted(
+        self, resume: Signed[UnitResume], stream: LinkStream, sender: PeerId
+    ) -> Link:
+        """Go on over `stream`, on which the submitter came back.  The caller closes it when the
+        link is over.  Raises RemoteProtocolError, and the unit is as it was.
+        """
+        if self._running is None:
+            raise RemoteProtocolError(ErrorCode.UNKNOWN_UNIT)
+        header = self._running.header
+        link = LentUnitLink(
+            unit_id=header.message.unit_id,
+            header_hash=header.hash,
+            submitter_key=header.signer,
+            peer_key=public_key_from_peer_id(self._sender),
+            last_attempt=self._attempt,
+            kept_from=self._frames.kept_from,
+            sent=self._frames.sent,
+        )
+        check_resume_untrusted(resume, link, public_key_from_peer_id(sender), now_ms=now_ms())
+        self._attempt = resume.message.attempt
+        received = self._frames.detach()
+        with trio.fail_after(_SEND_DEADLINE_S):
+            answer = encode_message(UnitResumed(received))
+            await FrameStream(stream).send(FrameKind.RESUMED, answer)
+        if self._attempt != resume.message.attempt:
+            raise RemoteProtocolError(ErrorCode.REPLAYED, "a later attempt came meanwhile")
+        log.info("unit.resumed", unit_id=self.unit_id)
+        return await self._frames.attach(stream, resume.message.received)
 
     def _stoppable(self) -> trio.CancelScope:
         scope = trio.CancelScope()

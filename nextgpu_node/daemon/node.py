@@ -30,7 +30,7 @@ from nextgpu_node.api_types import (
     UnitView,
 )
 from nextgpu_node.config import Config, set_value
-from nextgpu_node.daemon.borrowing import UNIT_PROTOCOL, Borrowing
+from nextgpu_node.daemon.borrowing import RESUME_PROTOCOL, UNIT_PROTOCOL, Borrowing
 from nextgpu_node.daemon.devices import HostDevices
 from nextgpu_node.daemon.peers import (
     CAPACITY_PROTOCOL,
@@ -73,6 +73,7 @@ class Node:
             _p2p_settings(config, identity),
             {
                 UNIT_PROTOCOL: self._serve_unit,
+                RESUME_PROTOCOL: self._serve_resume,
                 CAPACITY_PROTOCOL: self._serve_capacity,
                 SUCCESSIONS_PROTOCOL: self._serve_successions,
             },
@@ -179,6 +180,9 @@ class Node:
 
     async def _serve_unit(self, stream: PeerStream) -> None:
         await self._provider.serve(stream)
+
+    async def _serve_resume(self, stream: PeerStream) -> None:
+        await self._provider.resume(stream)
 
     async def _serve_capacity(self, stream: PeerStream) -> None:
         await serve_capacity(stream, self._provider.capacity_record)

@@ -25,6 +25,7 @@ from nextgpu_node.daemon.successions import FormerKeys
 from nextgpu_node.daemon.tokens import Tokens
 from nextgpu_node.daemon.workers import WorkerPool
 from nextgpu_node.errors import SandboxError
+from nextgpu_node.frames import FrameStream
 from nextgpu_node.hostinfo.devices import Device, default_threads
 from nextgpu_node.identity import Identity
 from nextgpu_node.p2p.streams import PeerStream
@@ -33,10 +34,12 @@ from nextgpu_node.sandbox.policy import STRONGEST, TIERS, WorkerPolicy
 from nextgpu_node.sandbox.probe import SandboxReport, probe
 from nextgpu_node.sandbox.service_launcher import launcher_for
 from nextgpu_protocol.capability import keys_for_capacity
-from nextgpu_protocol.envelope import Signed, sign_message
-from nextgpu_protocol.errors import ErrorCode
+from nextgpu_protocol.codec import encode_message
+from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
+from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.framing import FrameKind
 from nextgpu_protocol.ids import PeerId, PeerKey
-from nextgpu_protocol.messages import SUITE, Capacity, UnitRequest
+from nextgpu_protocol.messages import SUITE, Capacity, Refusal, UnitRequest, UnitResume
 from nextgpu_protocol.program_limits import TABLE_VERSION
 
 log = structlog.get_logger()
@@ -46,6 +49,7 @@ _RESTART_S = 30
 _WARM_WORKER_S = 24 * 3600.0
 _PYTHON_WORKER = "nextgpu_node.worker.python"
 _PYTHON_START_S = 30
+_RESUME_DEADLINE_S = 10
 _OFF = "sharing is off"
 _STARTING = "starting"
 
@@ -319,6 +323,28 @@ class Provider:
             del self._units[unit.id]
             with trio.CancelScope(shield=True), trio.move_on_after(2):
                 await stream.aclose()
+
+    async def resume(self, stream: PeerStream) -> None:
+        """A stream on which a submitter comes back to its unit, for as long as it carries that."""
+        frames = FrameStream(stream)
+        with trio.fail_after(_RESUME_DEADLINE_S):
+            body = await frames.expect_untrusted(FrameKind.RESUME)
+        try:
+            resume = open_envelope_untrusted(UnitResume, body)
+            unit = self._unit_untrusted(resume.message.unit_id)
+            link = await unit.resume_untrusted(resume, stream, PeerId(stream.peer_id))
+        except RemoteProtocolError as exc:
+            with trio.move_on_after(_RESUME_DEADLINE_S):
+                refusal = encode_message(Refusal(int(exc.code), exc.detail[:200]))
+                await frames.send(FrameKind.REFUSAL, refusal)
+            return
+        await link.over.wait()
+
+    def _unit_untrusted(self, unit_id: bytes) -> LentUnit:
+        for unit in self._units.values():
+            if unit.unit_id == unit_id.hex():
+                return unit
+        raise RemoteProtocolError(ErrorCode.UNKNOWN_UNIT)
 
     async def _take_worker(self, memory_bytes: int) -> Worker:
         if self._pool is None:

@@ -9,7 +9,7 @@ import trio
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
-from nextgpu_node.errors import PeerLost
+from nextgpu_node.errors import ConnectionLost, PeerLost
 
 _CLOSE_S = 2.0
 _RECEIVE_BYTES = 64 * 1024
@@ -18,8 +18,9 @@ _RECEIVE_BYTES = 64 * 1024
 class PeerStream(trio.abc.HalfCloseableStream):
     """Bytes both ways, ordered, encrypted, with back-pressure; the peer's identity is proven.
 
-    `receive_some` returns b"" only after the peer has finished sending on purpose.  A reset, a
-    lost connection and a silent peer raise PeerLost.  One task sends and one receives at a time.
+    `receive_some` returns b"" only after the peer has finished sending on purpose.  A reset raises
+    PeerLost; a lost connection and a silent peer raise ConnectionLost, which is one.  One task
+    sends and one receives at a time.
     """
 
     def __init__(self, net_stream: Any, peer_id: str) -> None:
@@ -41,7 +42,7 @@ class PeerStream(trio.abc.HalfCloseableStream):
         try:
             await self._muxed.write(data)
         except BaseLibp2pError as exc:
-            raise PeerLost("The peer closed the connection while data was being sent.") from exc
+            raise self._lost("The peer closed the stream while data was being sent.") from exc
         finally:
             self._is_sending = False
 
@@ -60,7 +61,7 @@ class PeerStream(trio.abc.HalfCloseableStream):
         except MuxedStreamEOF:
             return b""
         except BaseLibp2pError as exc:
-            raise PeerLost("The connection to the peer was lost.") from exc
+            raise self._lost("The peer broke the stream off.") from exc
         finally:
             self._is_receiving = False
         return data
@@ -91,6 +92,16 @@ class PeerStream(trio.abc.HalfCloseableStream):
         self._is_closed = True
         self._muxed.reset_nowait()
         await self._release(self._net_stream.reset)
+
+    def abort(self) -> None:
+        """As `reset`, without waiting: whoever reads or writes now is told of the end."""
+        self._muxed.reset_nowait()
+
+    def _lost(self, what: str) -> PeerLost:
+        """A connection that broke may come back; a stream that the peer reset was meant to end."""
+        if self._muxed.conn.is_closed:
+            return ConnectionLost("The connection to the peer was lost.")
+        return PeerLost(what)
 
     async def _release(self, finish: Any) -> None:
         with trio.move_on_after(_CLOSE_S, shield=True), suppress(BaseLibp2pError):

@@ -17,6 +17,7 @@ from nextgpu_protocol.messages import (
     Receipt,
     UnitHeader,
     UnitRequest,
+    UnitResume,
     check_suite_untrusted,
     check_window_untrusted,
 )
@@ -66,6 +67,43 @@ def check_header_untrusted(
     if now_ms > offer.message.expires_at_ms:
         raise RemoteProtocolError(ErrorCode.EXPIRED, "the offer")
     check_window_untrusted(message.issued_at_ms, message.expires_at_ms, now_ms=now_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class LentUnitLink:
+    """What a provider knows of a unit whose submitter comes back on another stream."""
+
+    unit_id: bytes
+    header_hash: bytes
+    submitter_key: bytes  # who signed the request and the header
+    peer_key: bytes  # at the other end of the connection on which the request came
+    last_attempt: int  # 0 before the first
+    kept_from: int  # the oldest number that the submitter may have received up to
+    sent: int  # frames sent to it so far
+
+
+def check_resume_untrusted(
+    resume: Signed[UnitResume], unit: LentUnitLink, peer_key: bytes, *, now_ms: int
+) -> None:
+    """The provider: the same peer, the same unit, a new try, and a place from which it can go on.
+
+    `peer_key` is at the other end of the connection on which the message came.
+    """
+    message = resume.message
+    if message.unit_id != unit.unit_id:
+        raise RemoteProtocolError(ErrorCode.UNKNOWN_UNIT)
+    check_suite_untrusted(message.suite)
+    if peer_key != unit.peer_key:
+        raise RemoteProtocolError(ErrorCode.WRONG_PEER, "another peer's connection")
+    if resume.signer != unit.submitter_key:
+        raise RemoteProtocolError(ErrorCode.WRONG_PEER, "another submitter's unit")
+    if message.header_hash != unit.header_hash:
+        raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "header_hash")
+    check_window_untrusted(message.issued_at_ms, message.expires_at_ms, now_ms=now_ms)
+    if message.attempt <= unit.last_attempt:
+        raise RemoteProtocolError(ErrorCode.REPLAYED, "attempt")
+    if not unit.kept_from <= message.received <= unit.sent:
+        raise RemoteProtocolError(ErrorCode.WRONG_OFFSET, "received")
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from nextgpu_protocol.messages import (
     TokenUse,
     UnitHeader,
     UnitRequest,
+    UnitResume,
 )
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ TYPE_NAMES: dict[type, str] = {
     UnitHeader: "header",
     Receipt: "receipt",
     ReceiptAck: "ack",
+    UnitResume: "resume",
     Capacity: "capacity",
     TokenBlock: "token",
     TokenUse: "token use",

@@ -25,6 +25,8 @@ class ErrorCode(IntEnum):
     WRONG_OFFER = 11
     BAD_SEAL = 12
     TRUNCATED = 13
+    UNKNOWN_UNIT = 14
+    WRONG_OFFSET = 15
     NOT_SHARING = 20
     NOT_ALLOWED = 21
     BUSY = 22
@@ -68,6 +70,8 @@ SENTENCES: dict[ErrorCode, str] = {
     ErrorCode.WRONG_OFFER: "The message answers another offer or request.",
     ErrorCode.BAD_SEAL: "The sealed stream does not open: it was changed or uses another key.",
     ErrorCode.TRUNCATED: "The stream ended before its end marker.",
+    ErrorCode.UNKNOWN_UNIT: "There is no such unit here, or not any more.",
+    ErrorCode.WRONG_OFFSET: "The unit can not go on from there: those frames are not held.",
     ErrorCode.NOT_SHARING: "This node is not sharing its device now.",
     ErrorCode.NOT_ALLOWED: "The owner of this node does not serve this submitter.",
     ErrorCode.BUSY: "All device slots are in use.",

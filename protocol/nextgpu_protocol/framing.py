@@ -33,6 +33,8 @@ class FrameKind(IntEnum):
     CANCEL = 10
     CAPACITY = 11
     SUCCESSIONS = 12
+    RESUME = 13
+    RESUMED = 14
     CONNECT = 32
     CONNECTED = 33
     SIGN = 34

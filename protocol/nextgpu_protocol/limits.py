@@ -28,11 +28,18 @@ MAX_CLOCK_SKEW_MS: Final = 5 * 60 * 1000
 MAX_REQUEST_LIFETIME_MS: Final = 10 * 60 * 1000
 MAX_OFFER_LIFETIME_MS: Final = 60 * 1000
 MAX_CAPACITY_LIFETIME_MS: Final = 5 * 60 * 1000
+MAX_RESUME_LIFETIME_MS: Final = 60 * 1000
 
 # Sealed streams are padded to Padmé sizes with this floor, so that small prompts look alike.
 PADDING_FLOOR_BYTES: Final = 4 * KIB
 
 MAX_MANIFEST_BYTES: Final = 4 * KIB
+
+# What a side keeps of the frames that it sent last, for a connection that breaks.  More than can be
+# on its way: a stream's window (4 MiB here), and what its reader holds.
+RESUME_BYTES: Final = 8 * MIB
+# How long a unit waits for its submitter to come back.
+RESUME_GRACE_MS: Final = 30 * 1000
 
 # A unit's clear-text limits; an owner's own limits are usually far below.
 MAX_STREAM_BYTES: Final = 64 * GIB

@@ -19,6 +19,7 @@ from nextgpu_protocol.limits import (
     MAX_MEMORY_BYTES,
     MAX_OFFER_LIFETIME_MS,
     MAX_REQUEST_LIFETIME_MS,
+    MAX_RESUME_LIFETIME_MS,
     MAX_STREAM_BYTES,
     MAX_SUCCESSIONS,
     MAX_TOKEN_BLOCKS,
@@ -126,6 +127,34 @@ class UnitHeader:
         _exact("UnitHeader.ephemeral_key", self.ephemeral_key, KEY_BYTES)
         _within("UnitHeader.chunk_bytes", self.chunk_bytes, 4096, CHUNK_PLAINTEXT_BYTES)
         _lifetime(self.issued_at_ms, self.expires_at_ms, MAX_REQUEST_LIFETIME_MS)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitResume:
+    """The submitter of a unit is back, on another stream.  Signed by the submitter.
+
+    Spec: 47-resuming.md
+    """
+
+    suite: int
+    unit_id: bytes
+    header_hash: bytes  # hash of the header's envelope: names offer, key and limits too
+    attempt: int  # greater in each try: none can be used again
+    received: int  # whole frames of the provider that came
+    issued_at_ms: int
+    expires_at_ms: int
+
+    def validate(self) -> None:
+        _exact("UnitResume.unit_id", self.unit_id, UNIT_ID_BYTES)
+        _exact("UnitResume.header_hash", self.header_hash, HASH_BYTES)
+        _lifetime(self.issued_at_ms, self.expires_at_ms, MAX_RESUME_LIFETIME_MS)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitResumed:
+    """The provider goes on too.  Not signed, as a Refusal is not."""
+
+    received: int  # whole frames of the submitter that came
 
 
 UNIT_STATUSES: Final = (

@@ -1,4 +1,5 @@
-"""Which frame may follow which, between two peers.  Spec: 45-session.md (printed from here)
+"""Which frame may follow which, between two peers.  Spec: 45-session.md and 47-resuming.md (printed
+from here)
 
 S is the submitter, P the provider.  Both ends run the same table: the side that receives treats
 an absent row as the peer's fault, the side that sends treats it as its own bug.
@@ -32,7 +33,9 @@ class SessionState(Enum):
 _S = SessionState
 _K = FrameKind
 
-TRANSITIONS: dict[tuple[SessionState, Side, FrameKind], SessionState] = {
+Table = dict[tuple[SessionState, Side, FrameKind], SessionState]
+
+TRANSITIONS: Table = {
     (_S.IDLE, "S", _K.REQUEST): _S.REQUESTED,
     (_S.REQUESTED, "P", _K.OFFER): _S.OFFERED,
     (_S.REQUESTED, "P", _K.REFUSAL): _S.CLOSED,
@@ -68,24 +71,34 @@ TRANSITIONS: dict[tuple[SessionState, Side, FrameKind], SessionState] = {
 }
 
 
-class Session:
-    """The state of one unit's conversation, seen from one side."""
+# How a stream begins that takes the place of one that was lost.  Once it streams, the unit goes on
+# in the state in which it was, by the table above.
+RESUMPTION: Table = {
+    (_S.IDLE, "S", _K.RESUME): _S.REQUESTED,
+    (_S.REQUESTED, "P", _K.RESUMED): _S.STREAMING,
+    (_S.REQUESTED, "P", _K.REFUSAL): _S.CLOSED,
+}
 
-    def __init__(self, own_side: Side) -> None:
+
+class Session:
+    """The state of one stream's conversation, seen from one side."""
+
+    def __init__(self, own_side: Side, table: Table = TRANSITIONS) -> None:
+        self._table = table
         self._own: Side = own_side
         self._peer: Side = "P" if own_side == "S" else "S"
         self.state = SessionState.IDLE
 
     def sending(self, kind: FrameKind) -> None:
         """Note that we send `kind`.  Raises LocalProtocolError where that is not allowed."""
-        following = TRANSITIONS.get((self.state, self._own, kind))
+        following = self._table.get((self.state, self._own, kind))
         if following is None:
             raise LocalProtocolError(f"{kind.name} may not be sent when {self.state.value}")
         self.state = following
 
     def received_untrusted(self, kind: FrameKind) -> None:
         """Note that the peer sent `kind`.  Raises RemoteProtocolError where it may not."""
-        following = TRANSITIONS.get((self.state, self._peer, kind))
+        following = self._table.get((self.state, self._peer, kind))
         if following is None:
             detail = f"{kind.name} when {self.state.value}"
             raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, detail)

@@ -23,6 +23,7 @@ from nextgpu_protocol.messages import (
     TokenUse,
     UnitHeader,
     UnitRequest,
+    UnitResume,
     WipeStep,
 )
 from nextgpu_protocol.sealing import KeyPair, StreamKeys, transcript_hash
@@ -128,6 +129,10 @@ SIGNED: dict[type, tuple[Any, SigningKey]] = {
     UnitHeader: (HEADER, SUBMITTER),
     Receipt: (RECEIPT, PROVIDER),
     ReceiptAck: (ACK, SUBMITTER),
+    UnitResume: (
+        UnitResume(SUITE, b"u" * 16, b"h" * 32, 1, 2, NOW_MS, NOW_MS + 60_000),
+        SUBMITTER,
+    ),
     Capacity: (CAPACITY, PROVIDER),
     TokenBlock: (BLOCK, PROVIDER),
     TokenUse: (USE, TOKEN_KEY),

@@ -33,6 +33,8 @@ from nextgpu_protocol.messages import (
     TokenUse,
     UnitHeader,
     UnitRequest,
+    UnitResume,
+    UnitResumed,
     WipeStep,
 )
 from nextgpu_protocol.records import RecordKind, UnitManifest, UnitSummary
@@ -73,6 +75,7 @@ def type_text(hint: Any) -> str:
 
 PAGE_OF: dict[Any, str] = {
     **dict.fromkeys((TokenBlock, TokenUse, Token, HeldToken), "75-tokens.md"),
+    **dict.fromkeys((UnitResume, UnitResumed), "47-resuming.md"),
     **dict.fromkeys((Successor, Predecessor, Succession, Successions), "15-succession.md"),
 }
 

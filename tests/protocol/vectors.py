@@ -10,11 +10,13 @@ from typing import Any
 
 from nextgpu_node.core.admission import ReplayCache, check_freshness
 from nextgpu_protocol.checks import (
+    LentUnitLink,
     OwnUnit,
     check_capacity_untrusted,
     check_header_untrusted,
     check_offer_untrusted,
     check_receipt_untrusted,
+    check_resume_untrusted,
 )
 from nextgpu_protocol.codec import decode_message_untrusted
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted
@@ -36,12 +38,14 @@ from nextgpu_protocol.messages import (
     TokenUse,
     UnitHeader,
     UnitRequest,
+    UnitResume,
+    UnitResumed,
     check_suite_untrusted,
     check_window_untrusted,
 )
 from nextgpu_protocol.records import UnitManifest, UnitSummary, read_records_untrusted
 from nextgpu_protocol.sealing import CiphertextHash, KeyPair, Opener, StreamKey, transcript_hash
-from nextgpu_protocol.session import Session
+from nextgpu_protocol.session import RESUMPTION, TRANSITIONS, Session
 from nextgpu_protocol.succession import predecessors_untrusted
 from nextgpu_protocol.tokens import (
     check_audience_untrusted,
@@ -59,6 +63,8 @@ TYPES: dict[str, Any] = {
     "header": UnitHeader,
     "receipt": Receipt,
     "ack": ReceiptAck,
+    "resume": UnitResume,
+    "resumed": UnitResumed,
     "capacity": Capacity,
     "refusal": Refusal,
     "manifest": UnitManifest,
@@ -181,7 +187,10 @@ def _stream_key(direction: str, given: dict[str, bytes]) -> StreamKey:
 
 
 def _run_session(vector: Vector) -> Any:
-    sides = {"S": Session("S"), "P": Session("P")}
+    table = {"transitions": TRANSITIONS, "resuming": RESUMPTION}[
+        vector.params.get("table", "transitions")
+    ]
+    sides = {"S": Session("S", table), "P": Session("P", table)}
     steps = []
     for side, kind_byte in zip(vector.input[::2], vector.input[1::2], strict=True):
         sender, kind = chr(side), FrameKind(kind_byte)
@@ -226,6 +235,13 @@ def _run_check(vector: Vector) -> Any:
             names = ("provider_key", "unit_id", "transcript", "received", "sent")
             plain = {name: _bytes(given[name]) for name in names}
             check_receipt_untrusted(signed, OwnUnit(**plain | {"sent": plain["sent"] or None}))
+        case "resume":
+            names = ("unit_id", "header_hash", "submitter_key", "peer_key")
+            keys: dict[str, Any] = {name: _bytes(given[name]) for name in names}
+            counts = {name: given[name] for name in ("last_attempt", "kept_from", "sent")}
+            connection = _bytes(given["connection_key"])
+            unit = LentUnitLink(**keys, **counts)
+            check_resume_untrusted(signed, unit, connection, now_ms=now_ms)
         case "capacity":
             check_capacity_untrusted(signed, _bytes(given["provider_key"]), now_ms=now_ms)
     return {"signer": signed.signer.hex(), "hash": signed.hash.hex()}

@@ -63,8 +63,10 @@ async def _is_idle(api: ApiClient) -> bool:
 
 
 @contextmanager
-def network_of_three(settings: Mapping[str, str] | None = None) -> Iterator[Trio]:
-    """Started, connected, and the provider lending."""
+def network_of_three(
+    settings: Mapping[str, str] | None = None, borrowing: Mapping[str, str] | None = None
+) -> Iterator[Trio]:
+    """Started, connected, and the provider lending.  `settings` are its own, besides LENDING."""
     work = Path(tempfile.mkdtemp(prefix="nextgpu-test-"))
     try:
         with ExitStack() as stack:
@@ -74,7 +76,9 @@ def network_of_three(settings: Mapping[str, str] | None = None) -> Iterator[Trio
             lending = {**LENDING, **(settings or {})}
             provider = DaemonProcess(work / "lend", bootstrap=bootstrap, settings=lending, log=log)
             stack.enter_context(provider)
-            submitter = DaemonProcess(work / "borrow", bootstrap=bootstrap, log=log)
+            submitter = DaemonProcess(
+                work / "borrow", bootstrap=bootstrap, settings=borrowing, log=log
+            )
             stack.enter_context(submitter)
             provider.wait_ready()
             submitter.wait_ready()

@@ -141,6 +141,15 @@ const FIELDS = {
   metering: ["wall_ms", "cpu_ms", "peak_memory_bytes", "input_bytes", "output_bytes"].map((name) => [name, int]),
   wipe: [["name", text], ["held", bool]],
   ack: [["unit_id", bytes(16)], ["receipt_hash", bytes(32)]],
+  resume: [
+    ["suite", int],
+    ["unit_id", bytes(16)],
+    ["header_hash", bytes(32)],
+    ["attempt", int],
+    ["received", int],
+    ...window,
+  ],
+  resumed: [["received", int]],
   capacity: [
     ["suites", listOf(int)],
     ["devices", listOf(message("device"))],
@@ -188,6 +197,7 @@ const LONGEST_LIFETIME_MS = {
   header: LIMITS.MAX_REQUEST_LIFETIME_MS,
   offer: LIMITS.MAX_OFFER_LIFETIME_MS,
   capacity: LIMITS.MAX_CAPACITY_LIFETIME_MS,
+  resume: LIMITS.MAX_RESUME_LIFETIME_MS,
 };
 
 function requireLifetime(type, { issued_at_ms: issued, expires_at_ms: expires }) {

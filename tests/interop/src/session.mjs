@@ -23,14 +23,23 @@ export const TRANSITIONS = {
   closed: {},
 };
 
+// How a stream begins that takes the place of one that was lost.  Spec: 47-resuming.md
+export const RESUMING = {
+  idle: { "S RESUME": "requested" },
+  requested: { "P RESUMED": "streaming", "P REFUSAL": "closed" },
+  streaming: {},
+  closed: {},
+};
+
 /** One end's view of one unit. */
 export class Session {
-  constructor() {
+  constructor(table = TRANSITIONS) {
+    this.table = table;
     this.state = "idle";
   }
 
   step(sender, name) {
-    this.state = TRANSITIONS[this.state][`${sender} ${name}`]
+    this.state = this.table[this.state][`${sender} ${name}`]
       ?? fail("UNEXPECTED_MESSAGE", `${sender} ${name} while ${this.state}`);
     return this.state;
   }

@@ -9,7 +9,8 @@ import { checkHeader, checkRequest } from "./provider.mjs";
 import { DirectionHash, checkReceipt } from "./receipts.mjs";
 import { RecordJoiner, fragments } from "./records.mjs";
 import { StreamOpener, submitterKeys, workerKeys } from "./sealing.mjs";
-import { Session } from "./session.mjs";
+import { checkResume } from "./resuming.mjs";
+import { RESUMING, Session, TRANSITIONS } from "./session.mjs";
 import { checkOffer } from "./submitter.mjs";
 import { predecessors } from "./succession.mjs";
 import { checkToken } from "./tokens.mjs";
@@ -67,8 +68,8 @@ function readStream(params, input) {
   };
 }
 
-function readSession(input) {
-  const session = new Session();
+function readSession({ table }, input) {
+  const session = new Session(table === "resuming" ? RESUMING : TRANSITIONS);
   const steps = [];
   let refused = null;
   for (let i = 0; i < input.length; i += 2) {
@@ -104,6 +105,11 @@ const CHECKS = {
     providerKey: unhex(known.provider_key), unitId: unhex(known.unit_id), th: unhex(known.transcript),
     outputHash: unhex(known.received), inputHash: unhex(known.sent), wholeInput: known.sent !== "",
   }),
+  resume: (opened, known, nowMs) => checkResume(opened, {
+    unitId: unhex(known.unit_id), headerHash: unhex(known.header_hash),
+    submitterKey: unhex(known.submitter_key), peerKey: unhex(known.peer_key),
+    lastAttempt: known.last_attempt, keptFrom: known.kept_from, sent: known.sent,
+  }, unhex(known.connection_key), nowMs),
   capacity: (opened, known, nowMs) => checkCapacity(opened, unhex(known.provider_key), nowMs),
 };
 
@@ -126,7 +132,7 @@ const READERS = {
 /** {expect, decoded} as this implementation sees the vector. */
 export function classify({ kind, params, input }) {
   const bytes = unhex(input);
-  if (kind === "session") return readSession(bytes);
+  if (kind === "session") return readSession(params, bytes);
   try {
     return { expect: "ok", decoded: READERS[kind](params, bytes) };
   } catch (error) {

@@ -77,8 +77,9 @@ async def _no_former_keys(_request: Signed[UnitRequest]) -> frozenset[PeerKey]:
 
 
 @asynccontextmanager
-async def lent(tmp_path: Path) -> AsyncIterator[Lent]:
-    theirs, ours = trio.testing.lockstep_stream_pair()
+async def lent(tmp_path: Path, streams: Any = None) -> AsyncIterator[Lent]:
+    """`streams`: the submitter's and the provider's end, where they are special."""
+    theirs, ours = streams or trio.testing.lockstep_stream_pair()
     worker: Any = FakeWorker()
 
     async def take_worker(_memory_bytes: int) -> Any:
