@@ -154,7 +154,7 @@ def resume(taken: Signed[UnitHeader], key: Any = SUBMITTER, **changes: Any) -> S
         attempt=1,
         received=1,  # the offer
         issued_at_ms=now_ms(),
-        expires_at_ms=now_ms() + 60_000,
+        expires_at_ms=now_ms() + 30_000,
     )
     return sign_message(replace(plain, **changes), key)
 
