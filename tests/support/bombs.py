@@ -117,7 +117,7 @@ async def status_under_bombs(nodes: Swarm) -> tuple[list[float], dict[str, str]]
 async def _until_functions_run(client: Client) -> None:
     """The launcher of functions imports torch once programs are lent already."""
     with trio.fail_after(120):
-        while await run_function(client, abs, -1) != "done":
+        while await run_function(client, abs, -1) != "done":  # noqa: ASYNC110  another process
             await trio.sleep(1)
 
 
