@@ -50,6 +50,11 @@ def _open_descriptors() -> set[str]:
     return found
 
 
+def _descriptors_of(zygote: int) -> int | None:
+    """How many it has open; None where that is root's to see, since it is not dumpable."""
+    return len(os.listdir(f"/proc/{zygote}/fd")) if os.geteuid() == 0 else None
+
+
 def _is_alive(pid: int) -> bool:
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
@@ -89,6 +94,7 @@ async def test_a_worker_comes_after_the_owners_programs(tmp_path: Path) -> None:
         await worker.finish()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a worker's memory is shown to root alone")
 async def test_an_idle_worker_maps_little_of_what_the_launcher_holds(tmp_path: Path) -> None:
     """Half of everything would be a worker's share, were it not for image.py: 70 MB and more."""
     async with running_launcher(tmp_path, TORCH_WORKER) as launcher:
@@ -128,13 +134,13 @@ async def test_fifty_units_leave_nothing(tmp_path: Path) -> None:
         await (await launcher.spawn(SMALL)).finish()
         before = _open_descriptors(), wipe.mounts_left(), len(os.listdir(tmp_path / "sandbox"))
         assert launcher.zygote_pid is not None
-        zygote_before = len(os.listdir(f"/proc/{launcher.zygote_pid}/fd"))
+        zygote_before = _descriptors_of(launcher.zygote_pid)
         for _ in range(50):
             worker = await launcher.spawn(SMALL)
             assert (await worker.finish()).complete
         after = _open_descriptors(), wipe.mounts_left(), len(os.listdir(tmp_path / "sandbox"))
         assert before == after
-        assert len(os.listdir(f"/proc/{launcher.zygote_pid}/fd")) == zygote_before
+        assert _descriptors_of(launcher.zygote_pid) == zygote_before
         children = Path(f"/proc/{launcher.zygote_pid}/task/{launcher.zygote_pid}/children")
         assert children.read_text() == ""
 
