@@ -461,6 +461,15 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class WebConfig:
+    """The dashboard on loopback.  `nextgpu web` opens it where `open` is false."""
+
+    open: bool = _setting(False, Switch())
+    # Where it is taken, another one; 0: always another one.
+    port: int = _setting(4651, Whole(0, 65535))
+
+
+@dataclass(frozen=True, slots=True)
 class SubmitConfig:
     """What `nextgpu run` asks for where its flags do not say otherwise."""
 
@@ -481,6 +490,7 @@ class Config:
     sharing: SharingConfig = SharingConfig()
     history: HistoryConfig = HistoryConfig()
     log: LogConfig = LogConfig()
+    web: WebConfig = WebConfig()
     submit: SubmitConfig = SubmitConfig()
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -511,6 +521,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "sharing": SharingConfig,
     "history": HistoryConfig,
     "log": LogConfig,
+    "web": WebConfig,
     "submit": SubmitConfig,
 }
 

@@ -17,9 +17,10 @@ import re
 import sys
 import threading
 import types
+from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import PurePath
-from typing import Any, Literal, TextIO
+from typing import Any, ClassVar, Literal, TextIO
 
 import structlog
 from structlog.types import Processor
@@ -75,10 +76,45 @@ def configure(level: Level, format: Format, stream: TextIO) -> None:  # noqa: A0
         # Module-level loggers must see a change of level at run time.
         cache_logger_on_first_use=False,
     )
+    _now.level = level
     _route_libraries()
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
     sys.unraisablehook = _log_unraisable
+
+
+def set_level(level: Level) -> None:
+    """From now on, until the process ends."""
+    wrapper = structlog.make_filtering_bound_logger(LEVELS[level])
+    structlog.configure(wrapper_class=wrapper)
+    _now.level = level
+
+
+def level() -> str:
+    """The least important events that are written now."""
+    return _now.level
+
+
+def tally() -> dict[str, int]:
+    """How often each event was written since this process began.  Names are fixed words."""
+    return dict(sorted(_now.counts.items()))
+
+
+class _Now:
+    """What this process's main has configured, and what has come through since."""
+
+    level: str = "info"
+    counts: ClassVar[Counter[str]] = Counter()
+
+
+_now = _Now()
+
+
+def _count(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    _now.counts[event["event"]] += 1
+    return event
 
 
 def _processors() -> list[Processor]:
@@ -87,6 +123,7 @@ def _processors() -> list[Processor]:
         structlog.processors.add_log_level,
         describe_exception,
         redact,
+        _count,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
     ]
 

@@ -118,6 +118,14 @@ class Paths:
         return self.data_dir / "jobs"
 
     @property
+    def web_token_file(self) -> Path:
+        return self.runtime_dir / "web.token"
+
+    @property
+    def web_page_file(self) -> Path:
+        return self.runtime_dir / "web.html"
+
+    @property
     def worker_dir(self) -> Path:
         """Where the launcher keeps what belongs to running workers."""
         return self.runtime_dir / "workers"
@@ -353,6 +361,23 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "sealed work units of this machine's own programs pass here",
         "until the daemon stops",
         personal=False,
+    ),
+    PathKind(
+        "web_token_file",
+        "key of the dashboard",
+        "the bearer token of this run of the daemon, for a scraper of /metrics",
+        "while the dashboard is open",
+        personal=False,
+        beside=(".{name}.*.part",),
+    ),
+    PathKind(
+        "web_page_file",
+        "way to the dashboard",
+        "a page that leads a browser to the dashboard, so that no command line shows the key",
+        "until the daemon stops",
+        personal=False,
+        beside=(".{name}.*.part",),
+        deleting="allowed",
     ),
     PathKind(
         "worker_dir",

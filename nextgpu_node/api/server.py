@@ -13,6 +13,7 @@ which could hold anything.  There is no access log.
 
 from __future__ import annotations
 
+import math
 import socket
 from contextlib import aclosing
 from http import HTTPStatus
@@ -33,6 +34,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, HTTPExceptionHandler, Message, Receive, Scope, Send
 
+from nextgpu_node.api.desk import EVENTS_PATH, DeskEndpoints
 from nextgpu_node.api.sockets import listen_private, remove_listening
 from nextgpu_node.api_types import (
     Backend,
@@ -43,6 +45,7 @@ from nextgpu_node.api_types import (
     ShareRequest,
     SharingReply,
 )
+from nextgpu_node.desk_types import Desk
 from nextgpu_node.errors import JobTimeout, NextGPUError, UsageError
 from nextgpu_protocol.limits import MAX_MEMORY_BYTES
 from nextgpu_protocol.messages import DEVICE_KINDS
@@ -58,6 +61,7 @@ MAX_INVITE_S: Final = 10 * 366 * 86_400
 REQUEST_DEADLINE_S: Final = 60
 # One person's command line and dashboard; a runaway script waits instead of starting searches.
 MAX_REQUESTS_AT_ONCE: Final = 16
+MAX_STREAMS_AT_ONCE: Final = 8
 
 # What an error of ours is in HTTP's terms, by its exit code.
 _STATUS_OF_EXIT_CODE: Final = {
@@ -82,6 +86,7 @@ _Body = TypeVar("_Body")
 async def run(
     backend: Backend,
     socket_path: Path,
+    desk: Desk | None = None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -93,7 +98,7 @@ async def run(
     try:
         # From here on the kernel takes connections; they wait the moment until anycorn does.
         task_status.started()
-        await anycorn.serve(cast(Framework, _build_app(backend)), _Config(listener))
+        await anycorn.serve(cast(Framework, build_app(backend, desk)), _Config(listener))
     finally:
         remove_listening(socket_path, listener)
 
@@ -116,7 +121,8 @@ class _Config(anycorn.Config):
         return Sockets([], [self._listener], [])
 
 
-def _build_app(backend: Backend) -> _Guard:
+def build_app(backend: Backend, desk: Desk | None, host: str = HOST) -> ASGIApp:
+    """The API for requests to `host`; `desk` adds what is around the node (api/desk.py)."""
     endpoints = _Endpoints(backend)
     routes = [
         Route("/v1/status", endpoints.status, methods=["GET"]),
@@ -128,6 +134,8 @@ def _build_app(backend: Backend) -> _Guard:
         Route("/v1/invites/{token_id}/revoke", endpoints.revoke, methods=["POST"]),
         Route("/v1/sharing", endpoints.set_sharing, methods=["PUT"]),
     ]
+    if desk is not None:
+        routes += DeskEndpoints(desk, _body_untrusted).routes()
     handlers: dict[type[Exception], HTTPExceptionHandler] = {
         HTTPException: _http_error,
         NextGPUError: _our_error,
@@ -135,7 +143,7 @@ def _build_app(backend: Backend) -> _Guard:
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return _Guard(app)
+    return _Guard(app, host)
 
 
 class _Endpoints:
@@ -186,16 +194,18 @@ class _Endpoints:
 class _Guard:
     """What every request passes first: the host's name, a place in the queue, a deadline."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, host: str) -> None:
         self._app = app
+        self._host = host
         self._places = trio.CapacityLimiter(MAX_REQUESTS_AT_ONCE)
+        self._streams = trio.CapacityLimiter(MAX_STREAMS_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _live(receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close"})
-        elif Headers(scope=scope).getlist("host") != [HOST]:
+        elif Headers(scope=scope).getlist("host") != [self._host]:
             # A page in a browser can be made to reach a local port under its own name (DNS
             # rebinding), never under ours.
             reply = _error("This is not the API's host name.", HTTPStatus.MISDIRECTED_REQUEST, 2)
@@ -211,9 +221,12 @@ class _Guard:
             started = True
             await send(message)
 
+        # A stream of events ends when its reader leaves.
+        endless = scope["path"] == EVENTS_PATH
+        places = self._streams if endless else self._places
         try:
-            with trio.fail_after(REQUEST_DEADLINE_S):
-                async with self._places:
+            with trio.fail_after(math.inf if endless else REQUEST_DEADLINE_S):
+                async with places:
                     await self._app(scope, receive, send_noting)
         except trio.TooSlowError:
             log.warning("api.request_timed_out", endpoint=_endpoint_name(scope))

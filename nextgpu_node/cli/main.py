@@ -45,6 +45,11 @@ _COMMANDS: Final = (
     ("invites", "tokens:invites", "The tokens that this node has issued."),
     ("revoke", "tokens:revoke", "Revoke a token that this node has issued."),
     ("doctor", "doctor:doctor", "Check this machine; every problem with its remedy."),
+    ("web", "observing:web", "The dashboard of this node, in a browser."),
+    ("events", "observing:events", "What changes in the node, as lines of JSON."),
+    ("metrics", "observing:metrics", "The node's figures for Prometheus."),
+    ("log-level", "observing:log_level", "How much the running node logs."),
+    ("bugreport", "bugreport:bugreport", "What helps to find a defect, and nothing that is yours."),
     ("demo", "running:demo", "Lend and borrow on this machine, end to end."),
 )
 _GROUPS: Final = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import trio
 
-from nextgpu_node.api_types import DeviceView
-from nextgpu_node.hostinfo.devices import Device, choose_device, list_devices
+from nextgpu_node.api_types import DeviceView, GpusReply, GpuView
+from nextgpu_node.hostinfo.devices import Device, Usage, choose_device, list_devices, usage
 from nextgpu_protocol.messages import DeviceInfo
 
 _REFRESH_S = 15
@@ -27,9 +27,32 @@ class HostDevices:
         """The device that `sharing.device` names."""
         return choose_device(self._devices, wanted)
 
+    async def gpus(self) -> GpusReply:
+        """Every device with what it does now."""
+        found = await trio.to_thread.run_sync(_look, abandon_on_cancel=True)
+        return GpusReply(gpus=found)
+
     def views(self) -> list[DeviceView]:
         """Every device, for its owner."""
         return [as_view(as_message(device)) for device in self._devices]
+
+
+def _look() -> list[GpuView]:
+    return [_with_usage(device, usage(device)) for device in list_devices()]
+
+
+def _with_usage(device: Device, now: Usage) -> GpuView:
+    return GpuView(
+        label=device.label,
+        kind=device.kind,
+        name=device.name,
+        memory_total_bytes=device.total_memory_bytes,
+        memory_free_bytes=device.free_memory_bytes,
+        compute_capability=device.compute_capability,
+        utilisation=now.utilisation,
+        temperature_c=now.temperature_c,
+        power_w=now.power_w,
+    )
 
 
 def as_message(device: Device) -> DeviceInfo:

@@ -14,9 +14,11 @@ from importlib.metadata import version
 import psutil
 import structlog
 import trio
+from starlette.types import ASGIApp
 
 from nextgpu_node.api import server as api_server
 from nextgpu_node.api.sockets import listen_private, remove_listening
+from nextgpu_node.api.web import Web
 from nextgpu_node.api_types import (
     InviteReply,
     InviteRequest,
@@ -31,6 +33,7 @@ from nextgpu_node.api_types import (
 )
 from nextgpu_node.config import Config, set_value
 from nextgpu_node.daemon.borrowing import RESUME_PROTOCOL, UNIT_PROTOCOL, Borrowing
+from nextgpu_node.daemon.desk import OwnersDesk
 from nextgpu_node.daemon.devices import HostDevices
 from nextgpu_node.daemon.peers import (
     CAPACITY_PROTOCOL,
@@ -88,6 +91,7 @@ class Node:
         )
         self._borrowing = Borrowing(self._network, identity)
         self._finder = PeerFinder(self._network)
+        self._desk = self._make_desk()
         self._local_clients = trio.CapacityLimiter(_MAX_LOCAL_CLIENTS)
 
     async def run(
@@ -102,7 +106,8 @@ class Node:
             self._tokens.open()
             async with trio.open_nursery() as nursery:
                 self._addresses = await nursery.start(self._network.run)
-                await nursery.start(api_server.run, self, self._paths.api_socket)
+                await nursery.start(self._desk.run)
+                await nursery.start(api_server.run, self, self._paths.api_socket, self._desk)
                 nursery.start_soon(self._serve_unit_socket, unit_socket)
                 nursery.start_soon(self._devices.run)
                 nursery.start_soon(self._provider.run)
@@ -111,6 +116,15 @@ class Node:
         finally:
             self._tokens.close()
             remove_listening(self._paths.units_socket, unit_socket)
+
+    def _make_desk(self) -> OwnersDesk:
+        config = self._config.web
+
+        def make_app(host: str) -> ASGIApp:
+            return api_server.build_app(self, self._desk, host)
+
+        web = Web(make_app, config.port, self._paths.web_token_file)
+        return OwnersDesk(self, self._devices.gpus, self._paths, web, open_web=config.open)
 
     async def stop_lending(self) -> None:
         """Before a shutdown: every lent unit gets its wipe and its receipt."""

@@ -6,6 +6,8 @@ daemon itself gives up on a request after a minute.
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeVar
@@ -28,6 +30,7 @@ from nextgpu_node.api_types import (
     StatusReply,
     UnitsReply,
 )
+from nextgpu_node.desk_types import LogReply, LogRequest, WebReply, WebRequest
 from nextgpu_node.errors import (
     DaemonUnreachable,
     IntegrityError,
@@ -119,6 +122,33 @@ class ApiClient:
             raise UsageError("That is not the id of a token; `nextgpu invites` lists them.")
         return (await self._call("POST", f"/v1/invites/{token_id}/revoke", RevokeReply)).invite
 
+    async def log(self) -> LogReply:
+        return await self._call("GET", "/v1/log", LogReply)
+
+    async def set_log_level(self, level: str) -> LogReply:
+        body = msgspec.json.encode(LogRequest(level=level))
+        return await self._call("PUT", "/v1/log", LogReply, body=body)
+
+    async def set_web(self, enabled: bool) -> WebReply:
+        """Open or close the dashboard."""
+        body = msgspec.json.encode(WebRequest(enabled=enabled))
+        return await self._call("PUT", "/v1/web", WebReply, body=body)
+
+    async def metrics(self) -> str:
+        """Prometheus' text format."""
+        with _daemon_errors():
+            reply = await self._http.get("/metrics")
+        if reply.status_code >= 400:
+            raise _error_of(reply)
+        return reply.text
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Lines of JSON, until the caller leaves (use `aclosing`)."""
+        with _daemon_errors():
+            async with self._http.stream("GET", "/v1/events") as reply:
+                async for line in reply.aiter_lines():
+                    yield line.encode()
+
     async def _call(
         self,
         method: str,
@@ -129,19 +159,25 @@ class ApiClient:
         body: bytes | None = None,
     ) -> _Reply:
         headers = {"content-type": "application/json"} if body is not None else {}
-        try:
+        with _daemon_errors():
             reply = await self._http.request(
                 method, path, params=query, content=body, headers=headers
             )
-        except httpx.ConnectError as exc:
-            raise DaemonUnreachable from exc
-        except httpx.TransportError as exc:
-            raise DaemonUnreachable(
-                "The nextgpud here ended in the middle of the request. Its log says why."
-            ) from exc
         if reply.status_code >= 400:
             raise _error_of(reply)
         return _decoded(reply.content, kind)
+
+
+@contextmanager
+def _daemon_errors() -> Iterator[None]:
+    try:
+        yield
+    except httpx.ConnectError as exc:
+        raise DaemonUnreachable from exc
+    except httpx.TransportError as exc:
+        raise DaemonUnreachable(
+            "The nextgpud here ended in the middle of the request. Its log says why."
+        ) from exc
 
 
 def _error_of(reply: httpx.Response) -> NextGPUError:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import structlog
 
+from nextgpu_node import logs
 from nextgpu_node.errors import JobFailed
 from nextgpu_node.logs import LEVELS, Format, Level, configure
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
@@ -241,3 +243,19 @@ def test_a_full_disk_does_not_stop_the_program() -> None:
     assert "node.started" in stream.getvalue()
     stream.close()
     structlog.get_logger().info("node.started")
+
+
+def test_the_level_changes_while_the_program_runs_and_events_are_counted() -> None:
+    stream = io.StringIO()
+    logs.configure("warning", "json", stream)
+    log = structlog.get_logger()
+    before = logs.tally().get("thing.happened", 0)
+    log.info("thing.happened")
+    assert stream.getvalue() == ""
+    logs.set_level("info")
+    log.info("thing.happened")
+    log.info(f"thing {before} with a value")
+    assert stream.getvalue().count("thing.happened") == 1
+    assert logs.level() == "info"
+    assert logs.tally()["thing.happened"] == before + 1
+    assert all(re.fullmatch(r"[a-z0-9_.]+", name) for name in logs.tally())
