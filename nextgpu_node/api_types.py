@@ -86,11 +86,16 @@ class PeerView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeersReply(msgspec.Struct, frozen=True, kw_only=True):
-    """GET /v1/peers"""
+    """GET /v1/peers.  `candidates` were asked; `estimate` announce such a device in all, about.
+
+    Where that is more than one answer takes, `sampled` says that an even part of them was asked.
+    """
 
     schema: int = SCHEMA
     peers: list[PeerView]
     candidates: int
+    estimate: int = 0
+    sampled: bool = False
 
 
 class UnitView(msgspec.Struct, frozen=True, kw_only=True):

@@ -389,6 +389,7 @@ class NetworkConfig:
     mode: Literal["auto", "server", "client"] = _setting(
         "auto", Choice(("auto", "server", "client"))
     )
+    remember_peers: bool = _setting(True, Switch())
 
 
 @dataclass(frozen=True, slots=True)

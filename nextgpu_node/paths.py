@@ -114,6 +114,10 @@ class Paths:
         return self.state_dir / "peer-history.json"
 
     @property
+    def known_peers_file(self) -> Path:
+        return self.state_dir / "known-peers"
+
+    @property
     def jobs_dir(self) -> Path:
         return self.data_dir / "jobs"
 
@@ -314,6 +318,15 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         personal=True,
         beside=("peer-history.lock", "peer-history.part"),
         deleting="allowed",
+    ),
+    PathKind(
+        "known_peers_file",
+        "known DHT nodes",
+        "addresses of nodes that serve the DHT, so that a restart finds the network without a "
+        "bootstrap node; never whom this node worked with",
+        "100 at most, replaced every ten minutes; `network.remember_peers = false` keeps none",
+        personal=True,
+        beside=(".{name}.*.part",),
     ),
     PathKind(
         "jobs_dir",

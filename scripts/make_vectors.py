@@ -257,6 +257,13 @@ CAPACITY: Fields = {
     "issued_at_ms": NOW_MS,
     "expires_at_ms": NOW_MS + 300_000,
 }
+ANNOUNCEMENT: Fields = {
+    "suite": 1,
+    "key": hashlib.sha256(domain("capability") + b"cuda/mem>=24").digest(),
+    "addresses": ["/ip4/192.0.2.7/tcp/4650", "/ip6/2001:db8::7/tcp/4650"],
+    "issued_at_ms": NOW_MS,
+    "expires_at_ms": NOW_MS + 1_800_000,
+}
 TOKEN_KEYS = [Identity("token key 1"), Identity("token key 2"), Identity("token key 3")]
 BLOCK: Fields = {
     "suite": 1,
@@ -298,6 +305,7 @@ SIGNED: dict[str, tuple[Identity, Fields]] = {
     "ack": (SUBMITTER, ACK),
     "resume": (SUBMITTER, RESUME),
     "capacity": (PROVIDER, CAPACITY),
+    "announcement": (PROVIDER, ANNOUNCEMENT),
     "token": (PROVIDER, BLOCK),
     "token use": (TOKEN_KEYS[0], USE),
     "successor": (PROVIDER, SUCCESSOR),
@@ -479,6 +487,7 @@ def fields_of_another_size() -> Iterator[Vector]:
         ("header", "unit_id", 17),
         ("header", "offer_hash", 31),
         ("header", "ephemeral_key", 33),
+        ("announcement", "key", 31),
         ("token", "previous_hash", 31),
         ("token", "next_key", 33),
         ("token", "audience", 31),
@@ -515,6 +524,8 @@ def values_out_of_their_set() -> Iterator[Vector]:
         ("offer", "device", DEVICE | {"kind": "any"}),
         ("offer", "device", DEVICE | {"extra": 1}),
         ("receipt", "wipe", [{"name": "scratch gone", "held": 1}]),
+        ("announcement", "addresses", ["/ip4/192.0.2.7/tcp/4650"] * 5),
+        ("announcement", "addresses", ["/ip4/192.0.2.7/tcp/4650" + "0" * 106]),
     ]
     for number, (type_, name, value) in enumerate(cases):
         data = changed(type_, **{name: value})
@@ -551,7 +562,7 @@ def amounts_out_of_their_bounds() -> Iterator[Vector]:
 @scenario
 def lifetimes_out_of_their_bounds() -> Iterator[Vector]:
     longest = {"request": 600_000, "offer": 60_000, "header": 600_000, "capacity": 300_000}
-    longest |= {"resume": 60_000}
+    longest |= {"resume": 60_000, "announcement": 1_800_000}
     for type_, longest_ms in longest.items():
         issued = MESSAGES[type_]["issued_at_ms"]
         for name, lifetime in (("zero", 0), ("reversed", -1), ("too-long", longest_ms + 1)):

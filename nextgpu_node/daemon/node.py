@@ -35,11 +35,17 @@ from nextgpu_node.config import Config, set_value
 from nextgpu_node.daemon.borrowing import RESUME_PROTOCOL, UNIT_PROTOCOL, Borrowing
 from nextgpu_node.daemon.desk import OwnersDesk
 from nextgpu_node.daemon.devices import HostDevices
+from nextgpu_node.daemon.known_peers import (
+    load_known_peers,
+    save_known_peers,
+    save_known_peers_forever,
+)
 from nextgpu_node.daemon.peers import (
     CAPACITY_PROTOCOL,
     PeerFinder,
     announce_forever,
     serve_capacity,
+    withdraw,
 )
 from nextgpu_node.daemon.provider import Provider
 from nextgpu_node.daemon.successions import (
@@ -72,8 +78,12 @@ class Node:
         self._addresses: list[str] = []
         self._devices = HostDevices()
         self._tokens = Tokens(paths.tokens_file, identity)
+        self._remembers_peers = (
+            config.network.remember_peers and config.node.identity == "persistent"
+        )
+        known_peers = load_known_peers(paths.known_peers_file, allowed=self._remembers_peers)
         self._network = Network(
-            _p2p_settings(config, identity),
+            _p2p_settings(config, identity, known_peers),
             {
                 UNIT_PROTOCOL: self._serve_unit,
                 RESUME_PROTOCOL: self._serve_resume,
@@ -112,6 +122,9 @@ class Node:
                 nursery.start_soon(self._devices.run)
                 nursery.start_soon(self._provider.run)
                 nursery.start_soon(announce_forever, self._network, self._provider.capability_keys)
+                if self._remembers_peers:
+                    path = self._paths.known_peers_file
+                    nursery.start_soon(save_known_peers_forever, self._network, path)
                 task_status.started(self._addresses)
         finally:
             self._tokens.close()
@@ -127,8 +140,13 @@ class Node:
         return OwnersDesk(self, self._devices.gpus, self._paths, web, open_web=config.open)
 
     async def stop_lending(self) -> None:
-        """Before a shutdown: every lent unit gets its wipe and its receipt."""
-        await self._provider.stop_units("owner_stopped", ErrorCode.SHUTTING_DOWN)
+        """Before a shutdown: every lent unit gets its wipe and its receipt, and the network hears
+        that nothing is lent here any more."""
+        if self._remembers_peers:
+            save_known_peers(self._network, self._paths.known_peers_file)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(withdraw, self._network)
+            await self._provider.stop_units("owner_stopped", ErrorCode.SHUTTING_DOWN)
 
     # --- Backend ----------------------------------------------------------------------------
 
@@ -216,7 +234,7 @@ class Node:
             await self._borrowing.serve(stream)
 
 
-def _p2p_settings(config: Config, identity: Identity) -> P2PSettings:
+def _p2p_settings(config: Config, identity: Identity, known_peers: tuple[str, ...]) -> P2PSettings:
     network = config.network
     bootstrap: Sequence[str] = network.bootstrap
     return P2PSettings(
@@ -224,6 +242,7 @@ def _p2p_settings(config: Config, identity: Identity) -> P2PSettings:
         listen_addrs=network.listen,
         announce_addrs=network.announce,
         bootstrap=tuple(bootstrap),
+        known_peers=known_peers,
         # "auto" is a server until reachability is known: a client would not be found.
         dht_mode="client" if network.mode == "client" else "server",
     )

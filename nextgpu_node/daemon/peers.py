@@ -5,8 +5,10 @@ The DHT is a hint.  What counts is what the peer itself signs, fetched just now.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import structlog
 import trio
@@ -29,13 +31,17 @@ from nextgpu_protocol.messages import Capacity
 log = structlog.get_logger()
 
 CAPACITY_PROTOCOL = "/nextgpu/capacity/1"
-_LOOKUP_DEADLINE_S = 10
+# What has been verified by then is the answer; only while there is nothing at all, we wait on.
+_ANSWER_S = 1.7
+_PATIENCE_S = 10
 _FETCH_DEADLINE_S = 4
-_FETCHES_AT_ONCE = 16
+_FETCHES_AT_ONCE = 24
 _MAX_CANDIDATES = 200
-_SETTLE_S = 60
-_FIRST_ANNOUNCE_S = 5
-_LATER_ANNOUNCE_S = 300
+_ANNOUNCE_TICK_S = 2
+# Soon again after a start, while a network that starts with us is still meeting itself.
+_ANNOUNCE_AGAIN_S = (5, 15, 60, 600)
+_WITHDRAW_S = 1.0
+_lots = random.SystemRandom()
 
 
 async def serve_capacity(stream: ByteStream, record: Callable[[], bytes]) -> None:
@@ -45,13 +51,42 @@ async def serve_capacity(stream: ByteStream, record: Callable[[], bytes]) -> Non
 
 
 async def announce_forever(network: Network, keys: Callable[[], Sequence[bytes]]) -> None:
-    """Keep our capability keys in the DHT: often at first, while the network is being met."""
-    began_s = time.monotonic()
+    """Keep our capability keys in the DHT: at once where they change, and again in time."""
+    announced: list[bytes] = []
+    times, due_s = 0, 0.0
     while True:
-        if network.connected_peers():
-            await network.announce(keys())
-        settled = time.monotonic() - began_s > _SETTLE_S and network.connected_peers() > 0
-        await trio.sleep(_LATER_ANNOUNCE_S if settled else _FIRST_ANNOUNCE_S)
+        wanted = list(keys())
+        if wanted != announced:
+            times, due_s = 0, 0.0
+        is_due = bool(wanted or announced) and trio.current_time() >= due_s
+        if (
+            is_due
+            and network.connected_peers()
+            # Where nobody held some of them, the next tick tries again.
+            and await network.announce(wanted) == len(wanted)
+        ):
+            pause_s = _ANNOUNCE_AGAIN_S[min(times, len(_ANNOUNCE_AGAIN_S) - 1)]
+            due_s = trio.current_time() + pause_s * _lots.uniform(0.8, 1.2)
+            announced, times = wanted, times + 1
+        await trio.sleep(_ANNOUNCE_TICK_S)
+
+
+async def withdraw(network: Network) -> None:
+    """Take our announcements back before we go, as far as a second reaches."""
+    with trio.move_on_after(_WITHDRAW_S):
+        await network.announce([])
+
+
+@dataclass(slots=True)
+class _Search:
+    """One question on its way."""
+
+    need: PeerNeed
+    candidates: dict[str, None] = field(default_factory=dict)
+    views: list[PeerView] = field(default_factory=list)
+    estimate: int = 0
+    is_sample: bool = False
+    first: trio.Event = field(default_factory=trio.Event)
 
 
 class PeerFinder:
@@ -62,31 +97,45 @@ class PeerFinder:
         self._fetches = trio.CapacityLimiter(_FETCHES_AT_ONCE)
 
     async def find(self, need: PeerNeed) -> PeersReply:
-        """Every reachable peer that fits, best first."""
-        candidates = await self._candidates(need)
-        views: list[PeerView] = []
+        """The reachable peers that fit, best first: all of them, or of many an even sample."""
+        search = _Search(need)
+        with trio.move_on_after(_PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._search, search, nursery.cancel_scope)
+                await trio.sleep(_ANSWER_S)
+                await search.first.wait()
+                nursery.cancel_scope.cancel()
+        return PeersReply(
+            peers=rank(search.views, need)[: need.limit],
+            candidates=len(search.candidates),
+            estimate=search.estimate,
+            sampled=search.is_sample,
+        )
+
+    async def _search(self, search: _Search, whole: trio.CancelScope) -> None:
         async with trio.open_nursery() as nursery:
-            for peer_id in candidates:
-                nursery.start_soon(self._fetch_into, peer_id, views)
-        return PeersReply(peers=rank(views, need)[: need.limit], candidates=len(candidates))
+            for key in keys_for_need(search.need.kind, search.need.memory_bytes):
+                nursery.start_soon(self._look_up, search, key, nursery)
+        whole.cancel()
 
-    async def _candidates(self, need: PeerNeed) -> list[str]:
-        found: dict[str, None] = {}
+    async def _look_up(self, search: _Search, key: bytes, nursery: trio.Nursery) -> None:
+        found = await self._network.find(key)
+        search.estimate += found.estimate
+        search.is_sample |= found.is_sample
+        ids = [one.signer_id for one in found.records if one.signer_id != self._network.peer_id]
+        # The limit must not prefer anybody.
+        _lots.shuffle(ids)
+        for peer_id in ids:
+            if peer_id not in search.candidates and len(search.candidates) < _MAX_CANDIDATES:
+                search.candidates[peer_id] = None
+                nursery.start_soon(self._fetch_into, peer_id, search)
 
-        async def look_up(key: bytes) -> None:
-            with trio.move_on_after(_LOOKUP_DEADLINE_S):
-                found.update(dict.fromkeys(await self._network.find_providers(key)))
-
-        async with trio.open_nursery() as nursery:
-            for key in keys_for_need(need.kind, need.memory_bytes):
-                nursery.start_soon(look_up, key)
-        return list(found)[:_MAX_CANDIDATES]
-
-    async def _fetch_into(self, peer_id: str, views: list[PeerView]) -> None:
+    async def _fetch_into(self, peer_id: str, search: _Search) -> None:
         async with self._fetches:
             try:
                 with trio.move_on_after(_FETCH_DEADLINE_S):
-                    views.append(await self._fetch(peer_id))
+                    search.views.append(await self._fetch(peer_id))
+                    search.first.set()
             except (RemoteProtocolError, NetworkError, PeerLost, trio.BrokenResourceError) as exc:
                 log.debug("capacity.fetch_failed", cause=type(exc).__name__)
 

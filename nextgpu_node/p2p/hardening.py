@@ -20,7 +20,6 @@ import trio
 from libp2p.abc import IMuxedConn, INetConn, INetStream, ISecureConn
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.abc import ReadWriteCloser
-from libp2p.kad_dht import common, kad_dht, peer_routing, provider_store, value_store
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.connection import swarm_connection
 from libp2p.network.connection.raw_connection import RawConnection
@@ -43,9 +42,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 SUPPORTED_VERSION: Final = "0.8.1"
-DHT_PROTOCOL: Final = "/nextgpu/kad/1.0.0"
-# Provider records of a node that has gone are dropped after this; callers announce more often.
-PROVIDER_LIFETIME_S: Final = 3600
+DHT_PROTOCOL: Final = "/nextgpu/dht/1"
 
 # One more address is tried every so often, as in RFC 8305, but the wait ends with the first
 # success; libp2p always waits 250 ms, even when it is connected after two.
@@ -80,13 +77,6 @@ def quiet_logs() -> None:
             logging.getLogger(name).setLevel(logging.NOTSET)
     for name in ("multiaddr", "trio.serve_listeners"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-
-
-def own_dht_protocol() -> None:
-    """Give the DHT our protocol id and lifetime: `protocol_prefix` is ignored (defect 9)."""
-    for module in (common, kad_dht, peer_routing, provider_store, value_store):
-        module.PROTOCOL_ID = DHT_PROTOCOL
-    provider_store.PROVIDER_RECORD_EXPIRATION_INTERVAL = PROVIDER_LIFETIME_S
 
 
 class WrongPeer(SwarmException):  # type: ignore[misc]

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -36,7 +37,6 @@ def build_host(
     """A host that speaks TCP, Noise and yamux and nothing else.  It does not listen yet."""
     hardening.check_version()
     hardening.quiet_logs()
-    hardening.own_dht_protocol()
     keys = _key_pair(settings.key_seed)
     # One security transport and one muxer: the stock defaults also accept plaintext and SECIO,
     # over which a caller can claim any peer ID (defect 2).
@@ -116,6 +116,17 @@ def parse_bootstrap(text: str) -> PeerInfo:
     if not hardening.is_dialable(address) or address.protocols()[-1].name != "p2p":
         raise NetworkError(f"{text} is not a peer's address: use /ip4/ADDRESS/tcp/PORT/p2p/ID.")
     return info_from_p2p_addr(address)
+
+
+def dialable_untrusted(addresses: Sequence[str]) -> list[Multiaddr]:
+    """Those of a peer's claimed addresses that can be dialled; nothing is raised for the rest."""
+    usable = []
+    for text in addresses:
+        with suppress(NetworkError):
+            address = _parse(text)
+            if hardening.is_dialable(address):
+                usable.append(address)
+    return usable
 
 
 def _parse(text: str) -> Multiaddr:

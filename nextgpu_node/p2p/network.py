@@ -16,19 +16,21 @@ import trio
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.exceptions import StreamFailure
 from libp2p.io.exceptions import IOException
-from libp2p.kad_dht.kad_dht import DHTMode
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
-from libp2p.tools.anyio_service import background_trio_service
+from nacl.signing import SigningKey
 
 from nextgpu_node.errors import NetworkError, PeerLost
 from nextgpu_node.p2p import host as hosts
-from nextgpu_node.p2p.discovery import CapabilityDHT, Discovery
-from nextgpu_node.p2p.hardening import HardenedHost, WrongPeer
+from nextgpu_node.p2p.dht import Dht, FoundProviders
+from nextgpu_node.p2p.hardening import DHT_PROTOCOL, HardenedHost, WrongPeer
+from nextgpu_node.p2p.routing_table import network_of
 from nextgpu_node.p2p.settings import P2PSettings
 from nextgpu_node.p2p.streams import PeerStream
 from nextgpu_node.p2p.yamux import Yamux
-from nextgpu_protocol.ids import public_key_from_peer_id
+from nextgpu_protocol.dht import Contact
+from nextgpu_protocol.ids import peer_id_from_public_key, public_key_from_peer_id
+from nextgpu_protocol.limits import MAX_ADDRESS_BYTES, MAX_ADDRESSES
 
 log = structlog.get_logger()
 
@@ -39,6 +41,10 @@ _BOOTSTRAP_FIRST_RETRY_S = 0.5
 _BOOTSTRAP_SLOWEST_RETRY_S = 60.0
 _ENTER_PEER_S = 30.0
 _ADDRESS_LIFETIME_S = 1800
+_KNOWN_PEERS_AT_ONCE = 4
+_KNOWN_PEERS_TRIED = 32
+_PRUNE_S = 15.0
+_IDLE_S = 60.0
 _jitter = random.SystemRandom()
 
 
@@ -50,7 +56,7 @@ class Network:
         self._handlers = dict(handlers)
         self.peer_id = hosts.peer_id_of_seed(settings.key_seed)
         self._host: HardenedHost | None = None
-        self._discovery: Discovery | None = None
+        self._dht: Dht | None = None
         self._identified_send: trio.MemorySendChannel[ID] | None = None
 
     async def run(
@@ -63,6 +69,9 @@ class Network:
         """
         async with self._open_host() as host, trio.open_nursery() as nursery:
             nursery.start_soon(self._enter_identified_peers)
+            nursery.start_soon(self._running_dht().run)
+            nursery.start_soon(self._meet_known_peers)
+            nursery.start_soon(self._prune_forever)
             for address in self._settings.bootstrap:
                 nursery.start_soon(self._stay_joined, hosts.parse_bootstrap(address))
             addresses = [str(address) for address in host.get_addrs()]
@@ -80,17 +89,24 @@ class Network:
         host = hosts.build_host(self._settings, on_identified=self._note_identified)
         for protocol, handler in self._handlers.items():
             host.set_stream_handler(protocol, _as_libp2p_handler(handler))
-        mode = DHTMode.SERVER if self._settings.dht_mode == "server" else DHTMode.CLIENT
-        dht = CapabilityDHT(host, mode)
+        is_server = self._settings.dht_mode == "server"
+        dht = Dht(
+            SigningKey(self._settings.key_seed),
+            is_server=is_server,
+            open_stream=self._open_dht_stream,
+            own_addresses=self._own_addresses,
+            connected=self._connected_contacts,
+        )
+        if is_server:
+            host.set_stream_handler(DHT_PROTOCOL, _as_libp2p_handler(dht.serve))
         async with host.run(listen):
             try:
                 hosts.check_is_listening(host, listen)
-                async with background_trio_service(dht):
-                    self._host, self._discovery = host, Discovery(host, dht)
-                    try:
-                        yield host
-                    finally:
-                        self._host = self._discovery = None
+                self._host, self._dht = host, dht
+                try:
+                    yield host
+                finally:
+                    self._host = self._dht = None
             finally:
                 # Leaving `host.run` alone leaves sockets open.
                 with trio.move_on_after(_SHUTDOWN_S, shield=True), suppress(Exception):
@@ -108,6 +124,9 @@ class Network:
         host = self._running_host()
         target = self._parse_peer_id(peer_id)
         await self._connect(host, target)
+        return await self._new_stream(host, target, protocol)
+
+    async def _new_stream(self, host: HardenedHost, target: ID, protocol: str) -> PeerStream:
         try:
             net_stream = await host.new_stream(target, [protocol])
         except StreamFailure as exc:
@@ -118,7 +137,7 @@ class Network:
             raise PeerLost("The connection to the peer was lost.") from exc
         except (BaseLibp2pError, IOException) as exc:
             raise PeerLost("The connection to the peer was lost.") from exc
-        return PeerStream(net_stream, peer_id)
+        return PeerStream(net_stream, str(target))
 
     async def connect(self, address: str) -> str:
         """Connect to a multiaddr that ends in /p2p/ID; returns the peer id."""
@@ -150,10 +169,10 @@ class Network:
         try:
             await host.get_network().dial_peer(target)
         except BaseLibp2pError as first:
-            discovery = self._running_discovery()
             with suppress(PeerStoreError):
                 host.get_peerstore().clear_addrs(target)
-            if not await discovery.find_addresses(target):
+            key = public_key_from_peer_id(str(target))
+            if not self._remember(host, target, await self._running_dht().find_addresses(key)):
                 raise PeerLost(_unreachable(first)) from first
             try:
                 await host.get_network().dial_peer(target)
@@ -166,16 +185,81 @@ class Network:
 
     # Discovery.
 
-    async def announce(self, keys: Sequence[bytes]) -> None:
-        """Announce 32-byte capability keys; at most ten per eleven seconds, so this takes time.
+    async def announce(self, keys: Sequence[bytes]) -> int:
+        """Announce 32-byte capability keys, and take back those that are not among them.
 
-        The records live for an hour in the network: the caller repeats this every 20 minutes.
+        Returns how many of them the network holds now.  The records live for half an hour: the
+        caller repeats this every ten minutes.
         """
-        await self._running_discovery().announce(keys)
+        return await self._running_dht().announce(keys)
+
+    async def find(self, key: bytes) -> FoundProviders:
+        """Who announces `key`, each statement verified.  Some may have gone: ask them."""
+        host, dht = self._running_host(), self._running_dht()
+        if len(key) != len(dht.public_key):
+            raise ValueError(f"a capability key has {len(dht.public_key)} bytes, not {len(key)}")
+        found = await dht.find(key)
+        for record in found.records:
+            if record.signer_id != self.peer_id:
+                self._remember(host, ID.from_base58(record.signer_id), record.message.addresses)
+        return found
 
     async def find_providers(self, key: bytes) -> list[str]:
-        """Peer ids that announced `key`, without ourselves.  Some may have gone: ask them."""
-        return await self._running_discovery().find_providers(key)
+        """Peer ids of those whom `find` finds, without ourselves."""
+        found = await self.find(key)
+        return [one.signer_id for one in found.records if one.signer_id != self.peer_id]
+
+    def known_peers(self) -> list[str]:
+        """Addresses of the DHT's servers that this node knows, to meet them after a restart."""
+        if self._dht is None:
+            return []
+        return [
+            f"{node.addresses[0]}/p2p/{peer_id_from_public_key(node.key)}"
+            for node in self._dht.table
+            if node.addresses
+        ]
+
+    async def _open_dht_stream(self, key: bytes, addresses: tuple[str, ...]) -> PeerStream:
+        """A stream to a DHT server, dialled where it is said to be; nothing is looked up."""
+        host = self._running_host()
+        target = ID.from_base58(peer_id_from_public_key(key))
+        if not self._is_connected(host, target):
+            self._remember(host, target, addresses)
+            try:
+                await host.get_network().dial_peer(target)
+            except BaseLibp2pError as exc:
+                raise PeerLost(_unreachable(exc)) from exc
+        return await self._new_stream(host, target, DHT_PROTOCOL)
+
+    def _remember(self, host: HardenedHost, target: ID, addresses: Sequence[str]) -> bool:
+        """Note a peer's addresses; whether there are any that can be dialled."""
+        usable = hosts.dialable_untrusted(addresses)
+        if usable:
+            host.get_peerstore().add_addrs(target, usable, _ADDRESS_LIFETIME_S)
+        return bool(usable)
+
+    def _own_addresses(self) -> tuple[str, ...]:
+        addresses = (str(a).partition("/p2p/")[0] for a in self._running_host().get_addrs())
+        fitting = [address for address in addresses if len(address) <= MAX_ADDRESS_BYTES]
+        return tuple(dict.fromkeys(fitting))[:MAX_ADDRESSES]
+
+    def _connected_contacts(self) -> list[Contact]:
+        host = self._running_host()
+        contacts = (self._contact(host, peer) for peer in host.get_connected_peers())
+        return [contact for contact in contacts if contact is not None]
+
+    def _contact(self, host: HardenedHost, peer: ID) -> Contact | None:
+        """A peer as others are told of it; None where its key is of another kind."""
+        try:
+            key = public_key_from_peer_id(str(peer))
+        except ValueError:
+            return None
+        try:
+            known = [str(a).partition("/p2p/")[0] for a in host.get_peerstore().addrs(peer)]
+        except PeerStoreError:
+            known = []
+        fitting = [a for a in dict.fromkeys(known) if len(a) <= MAX_ADDRESS_BYTES]
+        return Contact(key, tuple(fitting[:MAX_ADDRESSES]))
 
     def _note_identified(self, peer_id: ID) -> None:
         if self._identified_send is not None:
@@ -185,10 +269,65 @@ class Network:
 
     async def _enter_identified_peers(self) -> None:
         async for peer_id in self._identified:
-            discovery = self._discovery
-            if discovery is not None:
-                with trio.move_on_after(_ENTER_PEER_S):
-                    await discovery.enter(peer_id)
+            host, dht = self._running_host(), self._running_dht()
+            contact = self._contact(host, peer_id)
+            if contact is None or not self._serves_dht(host, peer_id):
+                continue
+            with trio.move_on_after(_ENTER_PEER_S):
+                await dht.enter(contact, network_of(self._remote_ip(host, peer_id)))
+
+    @staticmethod
+    def _serves_dht(host: HardenedHost, peer_id: ID) -> bool:
+        """Whether identify has shown that a peer serves our DHT: clients do not."""
+        try:
+            return DHT_PROTOCOL in host.get_peerstore().get_protocols(peer_id)
+        except PeerStoreError:
+            return False
+
+    @staticmethod
+    def _remote_ip(host: HardenedHost, peer_id: ID) -> str:
+        for conn in host.get_network().get_connections(peer_id):
+            if remote := conn.muxed_conn.get_remote_address():
+                return str(remote[0])
+        return ""
+
+    async def _meet_known_peers(self) -> None:
+        """Dial nodes of an earlier run, in any order, until a few have answered."""
+        known = []
+        for address in self._settings.known_peers:
+            with suppress(NetworkError):  # of a file that anybody may have edited
+                known.append(hosts.parse_bootstrap(address))
+        _jitter.shuffle(known)
+        met = 0
+        for info in known[:_KNOWN_PEERS_TRIED]:
+            if met >= _KNOWN_PEERS_AT_ONCE or str(info.peer_id) == self.peer_id:
+                continue
+            host = self._running_host()
+            host.get_peerstore().add_addrs(info.peer_id, info.addrs, _ADDRESS_LIFETIME_S)
+            with suppress(BaseLibp2pError):
+                await host.get_network().dial_peer(info.peer_id)
+                met += 1
+
+    async def _prune_forever(self) -> None:
+        """Close connections that nobody uses, the oldest first: lookups leave many behind."""
+        while True:
+            await trio.sleep(_PRUNE_S)
+            host = self._running_host()
+            kept = {str(hosts.parse_bootstrap(a).peer_id) for a in self._settings.bootstrap}
+            before = trio.current_time() - _IDLE_S
+            idle = []
+            for conn in host.get_network().get_connections():
+                since = conn.muxed_conn.idle_since()
+                if (
+                    since is not None
+                    and since < before
+                    and str(conn.muxed_conn.peer_id) not in kept
+                ):
+                    idle.append((since, conn))
+            idle.sort(key=lambda one: one[0])
+            for _, conn in idle[: max(0, len(idle) - self._settings.idle_connections)]:
+                with suppress(BaseLibp2pError):
+                    await conn.close()
 
     async def _stay_joined(self, bootstrap: Any) -> None:
         """Keep a connection to one bootstrap node, however long it takes it to appear."""
@@ -220,10 +359,10 @@ class Network:
             raise NetworkError("The peer-to-peer network is not running.")
         return self._host
 
-    def _running_discovery(self) -> Discovery:
-        if self._discovery is None:
+    def _running_dht(self) -> Dht:
+        if self._dht is None:
             raise NetworkError("The peer-to-peer network is not running.")
-        return self._discovery
+        return self._dht
 
     def _parse_peer_id(self, peer_id: str) -> ID:
         try:

@@ -18,9 +18,12 @@ class P2PSettings:
     # What others are told instead of the addresses of this machine's interfaces.
     announce_addrs: tuple[str, ...] = ()
     bootstrap: tuple[str, ...] = ()
+    # DHT servers of an earlier run, as `bootstrap`: tried once, after which they may be gone.
+    known_peers: tuple[str, ...] = ()
     dht_mode: Literal["server", "client"] = "server"
 
     max_connections: int = 400
+    idle_connections: int = 64  # kept open though nobody uses them
     max_connections_per_peer: int = 4
     max_connections_per_ip: int = 64
     max_streams_per_peer: int = 64

@@ -33,6 +33,12 @@ class PeerStream(trio.abc.HalfCloseableStream):
         self._is_receiving = False
         self._is_closed = False
 
+    @property
+    def remote_ip(self) -> str:
+        """The address that the connection comes from or goes to; empty where there is none."""
+        remote = self._net_stream.muxed_conn.get_remote_address()
+        return remote[0] if remote else ""
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`, for as long as the peer takes to read; deadlines are the caller's.
 

@@ -373,6 +373,11 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
         self._pings: dict[int, trio.Event] = {}
         self._next_ping = 0
         self._last_heard = trio.current_time()
+        self._used_at = trio.current_time()
+
+    def idle_since(self) -> float | None:
+        """trio's time at which the last stream of either side began; None while one is open."""
+        return None if self._streams else self._used_at
 
     # Life.
 
@@ -442,6 +447,7 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
         stream = YamuxStream(self, self._next_id, is_initiator=True)
         self._next_id += 2
         self._streams[stream.stream_id] = stream
+        self._used_at = trio.current_time()
         self.post_in_order(WINDOW_UPDATE, SYN, stream.stream_id, 0)
         return stream
 
@@ -633,6 +639,7 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
             self._answer(WINDOW_UPDATE, RST, stream_id, 0)
             return None
         self._streams[stream_id] = stream
+        self._used_at = trio.current_time()
         self._inbound_count += 1
         self._answer(WINDOW_UPDATE, ACK, stream_id, 0)
         return stream

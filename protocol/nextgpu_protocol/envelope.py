@@ -23,6 +23,7 @@ from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.ids import PeerId, PeerKey, peer_id_from_public_key, peer_key_untrusted
 from nextgpu_protocol.limits import MAX_MESSAGE_BYTES
 from nextgpu_protocol.messages import (
+    Announcement,
     Capacity,
     Offer,
     Predecessor,
@@ -49,6 +50,7 @@ TYPE_NAMES: dict[type, str] = {
     ReceiptAck: "ack",
     UnitResume: "resume",
     Capacity: "capacity",
+    Announcement: "announcement",
     TokenBlock: "token",
     TokenUse: "token use",
     Successor: "successor",

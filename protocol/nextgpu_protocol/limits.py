@@ -30,6 +30,12 @@ MAX_OFFER_LIFETIME_MS: Final = 60 * 1000
 MAX_CAPACITY_LIFETIME_MS: Final = 5 * 60 * 1000
 MAX_RESUME_LIFETIME_MS: Final = 60 * 1000
 
+# Announcements outlive three missed turns of a provider that repeats them every ten minutes.
+MAX_ANNOUNCEMENT_LIFETIME_MS: Final = 30 * 60 * 1000
+MAX_ANNOUNCEMENT_BYTES: Final = 1 * KIB  # as an envelope; one with four addresses has about 400
+MAX_ADDRESSES: Final = 4
+MAX_ADDRESS_BYTES: Final = 128
+
 # Sealed streams are padded to Padmé sizes with this floor, so that small prompts look alike.
 PADDING_FLOOR_BYTES: Final = 4 * KIB
 

@@ -14,6 +14,9 @@ from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.ids import KEY_BYTES, UNIT_ID_BYTES
 from nextgpu_protocol.limits import (
     CHUNK_PLAINTEXT_BYTES,
+    MAX_ADDRESS_BYTES,
+    MAX_ADDRESSES,
+    MAX_ANNOUNCEMENT_LIFETIME_MS,
     MAX_CAPACITY_LIFETIME_MS,
     MAX_CLOCK_SKEW_MS,
     MAX_MEMORY_BYTES,
@@ -258,6 +261,25 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
+class Announcement:
+    """ "I am found under `key`, at these addresses."  Signed by who says so.  Spec: 72-discovery.md
+
+    Without addresses it takes an earlier one back.
+    """
+
+    suite: int
+    key: bytes  # a capability key, or the peer's own address key
+    addresses: tuple[str, ...]  # multiaddrs
+    issued_at_ms: int
+    expires_at_ms: int
+
+    def validate(self) -> None:
+        _exact("Announcement.key", self.key, HASH_BYTES)
+        check_addresses_untrusted("Announcement.addresses", self.addresses)
+        _lifetime(self.issued_at_ms, self.expires_at_ms, MAX_ANNOUNCEMENT_LIFETIME_MS)
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """Why a request was refused, or a stream ended.  Unsigned: it changes no state elsewhere."""
 
@@ -388,6 +410,14 @@ def check_window_untrusted(issued_at_ms: int, expires_at_ms: int, *, now_ms: int
         raise RemoteProtocolError(ErrorCode.EXPIRED)
     if issued_at_ms > now_ms + MAX_CLOCK_SKEW_MS:
         raise RemoteProtocolError(ErrorCode.NOT_YET_VALID)
+
+
+def check_addresses_untrusted(name: str, addresses: tuple[str, ...]) -> None:
+    """Refuse more addresses, or longer ones, than a peer has any use for."""
+    if len(addresses) > MAX_ADDRESSES:
+        raise RemoteProtocolError(ErrorCode.MALFORMED, f"{name} are too many")
+    if any(len(address.encode()) > MAX_ADDRESS_BYTES for address in addresses):
+        raise RemoteProtocolError(ErrorCode.MALFORMED, f"{name} are too long")
 
 
 def check_suite_untrusted(suite: int) -> None:

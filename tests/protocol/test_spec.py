@@ -11,11 +11,23 @@ from typing import Any
 import pytest
 
 from nextgpu_protocol import limits
+from nextgpu_protocol.dht import (
+    Contact,
+    Find,
+    FindNode,
+    Found,
+    Nodes,
+    Store,
+    Stored,
+    StoreItem,
+    StoreResult,
+)
 from nextgpu_protocol.envelope import TYPE_NAMES
 from nextgpu_protocol.errors import ErrorCode
 from nextgpu_protocol.framing import FrameKind
 from nextgpu_protocol.messages import (
     UNIT_STATUSES,
+    Announcement,
     Capacity,
     DeviceInfo,
     HeldToken,
@@ -54,7 +66,7 @@ def page(name: str) -> str:
 
 def section(text: str, title: str) -> str:
     """What stands under the heading `title`, up to the next heading of its level."""
-    found = re.search(rf"^## {re.escape(title)}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^##+ {re.escape(title)}$(.*?)(?=^##+ |\Z)", text, re.MULTILINE | re.DOTALL)
     assert found, f"no section {title}"
     return found[1]
 
@@ -76,6 +88,8 @@ def type_text(hint: Any) -> str:
 PAGE_OF: dict[Any, str] = {
     **dict.fromkeys((TokenBlock, TokenUse, Token, HeldToken), "75-tokens.md"),
     **dict.fromkeys((UnitResume, UnitResumed), "47-resuming.md"),
+    **dict.fromkeys((Announcement, Contact, FindNode, Nodes, StoreItem), "72-discovery.md"),
+    **dict.fromkeys((Store, StoreResult, Stored, Find, Found), "72-discovery.md"),
     **dict.fromkeys((Successor, Predecessor, Succession, Successions), "15-succession.md"),
 }
 

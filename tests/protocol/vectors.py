@@ -24,6 +24,7 @@ from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import Frame, FrameDecoder, FrameKind
 from nextgpu_protocol.ids import PeerKey
 from nextgpu_protocol.messages import (
+    Announcement,
     Capacity,
     HeldToken,
     Offer,
@@ -66,6 +67,7 @@ TYPES: dict[str, Any] = {
     "resume": UnitResume,
     "resumed": UnitResumed,
     "capacity": Capacity,
+    "announcement": Announcement,
     "refusal": Refusal,
     "manifest": UnitManifest,
     "summary": UnitSummary,

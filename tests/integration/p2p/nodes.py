@@ -83,5 +83,5 @@ def port_of(address: str) -> int:
 
 
 def table_size(network: Network) -> int:
-    assert network._discovery is not None
-    return int(network._discovery._dht.routing_table.size())
+    assert network._dht is not None
+    return len(network._dht.table)

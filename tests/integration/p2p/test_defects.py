@@ -34,11 +34,11 @@ from libp2p.stream_muxer.mplex.mplex import MPLEX_PROTOCOL_ID, Mplex
 from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE
 from libp2p.stream_muxer.yamux.yamux import Yamux as StockYamux
 from libp2p.stream_muxer.yamux.yamux import YamuxStream as StockStream
+from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from nextgpu_node.errors import PeerLost
 from nextgpu_node.p2p import yamux as y
-from nextgpu_node.p2p.discovery import CapabilityDHT
 from nextgpu_node.p2p.hardening import DHT_PROTOCOL
 from nextgpu_node.p2p.network import Network
 from tests.integration.p2p.nodes import ECHO, ask, echo, port_of, settings, start, until
@@ -52,6 +52,7 @@ def _collected() -> Iterator[None]:
     gc.collect()
 
 
+STOCK_DHT = "/ipfs/kad/1.0.0"
 ANYWHERE = Multiaddr("/ip4/127.0.0.1/tcp/0")
 
 
@@ -204,30 +205,29 @@ async def test_5_stock_writer_gives_up(autojump_clock: trio.testing.MockClock) -
 # 7: idle DHT streams of one peer occupy all handlers.
 
 
-@pytest.mark.parametrize("stock", [True, False], ids=["stock", "ours"])
-async def test_7_idle_streams_of_one_peer(stock: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if stock:
-        monkeypatch.setattr(CapabilityDHT, "handle_stream", KadDHT.handle_stream)
-        monkeypatch.setattr("nextgpu_node.p2p.discovery._DHT_HANDLERS", 12)
-    async with trio.open_nursery() as nursery:
-        _, address = await start(nursery)
+async def test_7_idle_streams_of_one_peer_stop_the_stock_dht() -> None:
+    async with (
+        stock_host(security={NOISE_ID: noise}) as (host, address),
+        background_trio_service(KadDHT(host, DHTMode.SERVER)),
+        trio.open_nursery() as nursery,
+    ):
         attacker, _ = await start(nursery, dht_mode="client")
         peer_id = await attacker.connect(address)
-        held = []
-        for _ in range(12):
-            with suppress(PeerLost):
-                held.append(await attacker.open_stream(peer_id, DHT_PROTOCOL))
+        held = [await attacker.open_stream(peer_id, STOCK_DHT) for _ in range(12)]
         await trio.testing.wait_all_tasks_blocked(0.05)
         other, _ = await start(nursery, dht_mode="client")
         await other.connect(address)
-        answered = await dht_pings(other, peer_id)
-        assert answered is not stock
+        assert not await dht_pings(other, peer_id)
+        assert len(held) == 12
         nursery.cancel_scope.cancel()
+
+
+# Ours: test_bad_peers.test_idle_dht_streams_of_one_peer_do_not_stop_the_dht
 
 
 async def dht_pings(node: Network, peer_id: str) -> bool:
     try:
-        stream = await node.open_stream(peer_id, DHT_PROTOCOL)
+        stream = await node.open_stream(peer_id, STOCK_DHT)
         await stream.send_all(b"\x02\x08\x05")  # length, then field 1 (type) = 5 (PING)
         return bool(await stream.receive_some())
     except PeerLost:
@@ -270,7 +270,7 @@ async def test_9_stock_dht_ignores_its_prefix_and_ours_speaks_its_own() -> None:
         ours, _ = await start(nursery)
         assert ours._host is not None
         assert DHT_PROTOCOL in ours._host.get_mux().handlers
-        assert "/ipfs/kad/1.0.0" not in ours._host.get_mux().handlers
+        assert STOCK_DHT not in ours._host.get_mux().handlers
         nursery.cancel_scope.cancel()
 
 

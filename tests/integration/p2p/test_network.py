@@ -79,10 +79,9 @@ async def test_clients_of_the_dht_do_not_enter_routing_tables() -> None:
         assert table_size(bootstrap) == 0
         # Nor does a peer of which nothing but an address is known.
         assert bootstrap._host is not None
-        assert bootstrap._discovery is not None
         stranger = ID.from_base58(Network(settings(), {}).peer_id)
         bootstrap._host.get_peerstore().add_addrs(stranger, [Multiaddr("/ip4/127.0.0.1/tcp/1")], 9)
-        assert not await bootstrap._discovery._dht.add_peer(stranger, skip_server_mode_check=True)
+        assert not bootstrap._serves_dht(bootstrap._host, stranger)
         nursery.cancel_scope.cancel()
 
 

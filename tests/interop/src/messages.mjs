@@ -54,6 +54,11 @@ const items = (least, most) => (values, name) => {
   if (values.length < least || values.length > most) fail("MALFORMED", `${name} has ${values.length} items`);
 };
 
+const addresses = (values, name) => {
+  items(0, LIMITS.MAX_ADDRESSES)(values, name);
+  if (values.some((value) => Buffer.byteLength(value) > LIMITS.MAX_ADDRESS_BYTES)) fail("MALFORMED", `${name} are too long`);
+};
+
 const codePoints = (value) => [...value].map((letter) => letter.codePointAt(0));
 
 /** Whether `a` stands before `b` by code point, which is not how JavaScript compares texts. */
@@ -165,6 +170,7 @@ const FIELDS = {
     ["reason", text],
     ...window,
   ],
+  announcement: [["suite", int], ["key", bytes(32)], ["addresses", listOf(text, addresses)], ...window],
   token: [
     ["suite", int],
     ["previous_hash", bytes(0, 32)],
@@ -198,6 +204,7 @@ const LONGEST_LIFETIME_MS = {
   offer: LIMITS.MAX_OFFER_LIFETIME_MS,
   capacity: LIMITS.MAX_CAPACITY_LIFETIME_MS,
   resume: LIMITS.MAX_RESUME_LIFETIME_MS,
+  announcement: LIMITS.MAX_ANNOUNCEMENT_LIFETIME_MS,
 };
 
 function requireLifetime(type, { issued_at_ms: issued, expires_at_ms: expires }) {

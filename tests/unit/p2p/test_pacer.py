@@ -5,11 +5,11 @@ from __future__ import annotations
 import trio
 import trio.testing
 
-from nextgpu_node.p2p.discovery import ANNOUNCE_BURST, ANNOUNCE_WINDOW_S, Pacer
+from nextgpu_node.p2p.dht import Pacer
 
 
 async def test_a_burst_passes_and_the_rest_waits(autojump_clock: trio.testing.MockClock) -> None:
-    pacer = Pacer(ANNOUNCE_BURST, ANNOUNCE_WINDOW_S)
+    pacer = Pacer(10, 11.0)
     times: list[float] = []
     started = trio.current_time()
     for _ in range(25):

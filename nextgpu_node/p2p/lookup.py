@@ -1,0 +1,93 @@
+"""One Kademlia lookup, pure: whom to ask next, and when the nearest nodes have been found.
+
+Drive it with up to PARALLEL questions at once: `next` gives a node to ask, `answered` and `failed`
+bring back what came of it.  The network (dht.py) and the simulation run this same class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, Generic, Protocol, TypeVar
+
+from nextgpu_protocol.dht import distance
+
+PARALLEL: Final = 4
+# Far above any honest lookup: it bounds what lying nodes can make us do.
+MAX_ASKED: Final = 64
+
+
+class Placed(Protocol):
+    """A node by its key and its place."""
+
+    @property
+    def key(self) -> bytes: ...
+
+    @property
+    def place(self) -> bytes: ...
+
+
+P = TypeVar("P", bound=Placed)
+
+
+class Lookup(Generic[P]):
+    """Finds the `count` nodes nearest to `target` that answer, from `seeds` on."""
+
+    def __init__(self, target: bytes, count: int, own_key: bytes, seeds: Iterable[P]) -> None:
+        self._target = target
+        self._count = count
+        self._heard: dict[bytes, P] = {}
+        self._distance: dict[bytes, int] = {}
+        self._waiting: set[bytes] = set()
+        self._asked: set[bytes] = {own_key}
+        self._failed: set[bytes] = set()
+        self._answered: set[bytes] = set()
+        self._own_key = own_key
+        self._add(seeds)
+
+    @property
+    def asked(self) -> int:
+        """How many nodes were asked so far."""
+        return len(self._asked) - 1
+
+    def next(self) -> P | None:
+        """A node to ask now, or None: then wait for an answer, or, if `is_done`, stop."""
+        if self.asked >= MAX_ASKED:
+            return None
+        for key in self._nearest_alive():
+            if key not in self._asked:
+                self._asked.add(key)
+                self._waiting.add(key)
+                return self._heard[key]
+        return None
+
+    @property
+    def is_done(self) -> bool:
+        """True once the nearest nodes that are known have all answered."""
+        return not self._waiting and (
+            self.asked >= MAX_ASKED or all(key in self._asked for key in self._nearest_alive())
+        )
+
+    def answered(self, key: bytes, contacts: Iterable[P]) -> None:
+        """`key` has answered with the nodes that it knows."""
+        self._waiting.discard(key)
+        self._answered.add(key)
+        self._add(contacts)
+
+    def failed(self, key: bytes) -> None:
+        self._waiting.discard(key)
+        self._failed.add(key)
+
+    def result(self) -> list[P]:
+        """The nearest nodes that have answered, nearest first, at most `count`."""
+        keys = sorted(self._answered, key=self._distance.__getitem__)
+        return [self._heard[key] for key in keys[: self._count]]
+
+    def _nearest_alive(self) -> list[bytes]:
+        alive = (key for key in self._heard if key not in self._failed)
+        return sorted(alive, key=self._distance.__getitem__)[: self._count]
+
+    def _add(self, contacts: Iterable[P]) -> None:
+        for contact in contacts:
+            if contact.key != self._own_key and contact.key not in self._heard:
+                self._heard[contact.key] = contact
+                self._distance[contact.key] = distance(contact.place, self._target)
