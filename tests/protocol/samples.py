@@ -11,6 +11,7 @@ from nextgpu_protocol.ids import PeerKey, UnitId
 from nextgpu_protocol.limits import CHUNK_PLAINTEXT_BYTES, GIB
 from nextgpu_protocol.messages import (
     SUITE,
+    Announcement,
     Capacity,
     DeviceInfo,
     Metering,
@@ -93,6 +94,13 @@ RECEIPT = Receipt(
     finished_at_ms=NOW_MS,
 )
 ACK = ReceiptAck(b"u" * 16, b"h" * 32)
+ANNOUNCEMENT = Announcement(
+    suite=1,
+    key=bytes([7]) * 32,
+    addresses=("/ip4/192.0.2.7/tcp/4650",),
+    issued_at_ms=NOW_MS,
+    expires_at_ms=NOW_MS + 1_800_000,
+)
 CAPACITY = Capacity(
     suites=(SUITE,),
     devices=(DEVICE,),
@@ -134,6 +142,7 @@ SIGNED: dict[type, tuple[Any, SigningKey]] = {
         SUBMITTER,
     ),
     Capacity: (CAPACITY, PROVIDER),
+    Announcement: (ANNOUNCEMENT, PROVIDER),
     TokenBlock: (BLOCK, PROVIDER),
     TokenUse: (USE, TOKEN_KEY),
     Successor: (Successor(SUITE, b"k" * 32, NOW_MS), PROVIDER),
