@@ -96,7 +96,7 @@ class Reading:
     foreign_cpu: float | None = None  # share of all cores that other programs keep busy
     free_memory_bytes: int | None = None
     free_disk_bytes: int | None = None
-    running: frozenset[str] = frozenset()  # those of the exclusive applications that run
+    running: frozenset[str] | None = frozenset()  # those of the exclusive applications that run
     devices: tuple[DeviceReading, ...] = ()
 
 
@@ -183,6 +183,10 @@ def _activity(rules: Rules, reading: Reading, _local: datetime, _held: bool) -> 
 
 
 def _application(rules: Rules, reading: Reading, _local: datetime, _held: bool) -> str:
+    if not rules.exclusive_apps:
+        return ""
+    if reading.running is None:
+        return "which programs run can not be seen from here"
     found = sorted(set(rules.exclusive_apps) & reading.running)
     return f"{found[0]} is running" if found else ""
 

@@ -63,6 +63,14 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Tenant:
+    """A process on a card.  `memory_bytes` is None where the driver does not say."""
+
+    pid: int
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class NvmlState:
     """What NVML answered: a driver version, or the reason why there is none."""
 
@@ -123,6 +131,47 @@ def usage(device: Device) -> Usage:
     if device.kind == "cpu":
         return Usage(_cpu_utilisation(), _cpu_temperature(), power_w=None)
     return _cuda_usage(device)
+
+
+def tenants(device: Device) -> list[Tenant] | None:
+    """Every process that holds memory of a card, for computing or for pictures.
+
+    None where the driver does not say; a CPU has none.
+    """
+    if device.kind == "cpu":
+        return []
+    try:
+        with _nvml() as nvml:
+            handle = nvml.nvmlDeviceGetHandleByUUID(device.uuid)
+            computing = _ask(nvml, lambda: nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+            drawing = _ask(nvml, lambda: nvml.nvmlDeviceGetGraphicsRunningProcesses(handle))
+    except _NoDriver:
+        return None
+    if computing is None:
+        return None
+    # A process that does both is in both lists, each time with all of its memory.
+    found = {info.pid: info.usedGpuMemory for info in (*(drawing or ()), *computing)}
+    return [Tenant(pid, size if size is None else int(size)) for pid, size in found.items()]
+
+
+def busy_shares(device: Device, since_us: int) -> dict[int, float] | None:
+    """Process id -> share of the card's time in the samples after `since_us` (of the epoch).
+
+    Processes that did nothing are left out.  None where the driver does not say: on MIG instances
+    and on cards before Maxwell.
+    """
+    try:
+        with _nvml() as nvml:
+            handle = nvml.nvmlDeviceGetHandleByUUID(device.uuid)
+            try:
+                samples = nvml.nvmlDeviceGetProcessUtilization(handle, since_us)
+            except nvml.NVMLError as exc:
+                # No sample is no process that computed.
+                return {} if exc.value == nvml.NVML_ERROR_NOT_FOUND else None
+    except _NoDriver:
+        return None
+    latest = sorted(samples, key=lambda sample: sample.timeStamp)
+    return {sample.pid: sample.smUtil / 100 for sample in latest if sample.timeStamp > since_us}
 
 
 def nvml_state() -> NvmlState:

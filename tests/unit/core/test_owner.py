@@ -94,6 +94,7 @@ def test_every_pause_has_its_reason_in_one_line(reading: Reading, cause: str, re
     [
         (replace(IDLE, on_battery=None), "battery"),
         (replace(IDLE, idle_s=None), "activity"),
+        (replace(IDLE, running=None), "application"),
         (replace(IDLE, free_memory_bytes=None), "memory"),
         (replace(IDLE, free_disk_bytes=None), "disk"),
         (replace(IDLE, foreign_cpu=None), "processor"),

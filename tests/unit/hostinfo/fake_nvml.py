@@ -1,4 +1,4 @@
-# ruff: noqa: N802 - the names are pynvml's
+# ruff: noqa: N802, N803 - the names are pynvml's
 """A machine with NVIDIA cards, for tests on machines without: pynvml's functions over a table.
 
 `test_devices.py` compares every function here with the real module's, by name and arguments.
@@ -16,6 +16,10 @@ _T = TypeVar("_T")
 class NVMLError(Exception):
     """As pynvml's: what every function raises."""
 
+    def __init__(self, message: str, value: int = 3) -> None:
+        super().__init__(message)
+        self.value = value
+
 
 @dataclass
 class Card:
@@ -31,6 +35,9 @@ class Card:
     milliwatts: int | None = 200_500
     mig_enabled: bool | None = False
     instances: list[Card | None] = field(default_factory=list)
+    computing: list[tuple[int, int | None]] | None = field(default_factory=list)  # pid, bytes
+    drawing: list[tuple[int, int | None]] | None = field(default_factory=list)
+    samples: list[tuple[int, int, int]] | None = field(default_factory=list)  # µs, pid, percent
 
 
 class FakeNvml:
@@ -38,6 +45,7 @@ class FakeNvml:
 
     NVMLError = NVMLError
     NVML_TEMPERATURE_GPU = 0
+    NVML_ERROR_NOT_FOUND = 6
 
     def __init__(self, cards: list[Card | None], *, loaded: bool = True) -> None:
         self._cards = cards
@@ -100,6 +108,24 @@ class FakeNvml:
 
     def nvmlDeviceGetPowerUsage(self, handle: Card) -> int:
         return _known(handle.milliwatts)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Card) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=p, usedGpuMemory=m) for p, m in _known(handle.computing)]
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: Card) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=p, usedGpuMemory=m) for p, m in _known(handle.drawing)]
+
+    def nvmlDeviceGetProcessUtilization(
+        self, handle: Card, timeStamp: int
+    ) -> list[SimpleNamespace]:
+        found = [
+            SimpleNamespace(timeStamp=at, pid=pid, smUtil=percent)
+            for at, pid, percent in _known(handle.samples)
+            if at > timeStamp
+        ]
+        if not found:
+            raise NVMLError("Not Found", self.NVML_ERROR_NOT_FOUND)
+        return found
 
 
 def _known(value: _T | None) -> _T:

@@ -30,20 +30,6 @@ from tests.unit.hostinfo.fake_nvml import Card, FakeNvml
 GIB = 1024**3
 
 
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeNvml]:
-    """Puts a machine's cards in NVML's place."""
-
-    def install_cards(*cards: Card | None, loaded: bool = True) -> FakeNvml:
-        fake = FakeNvml(list(cards), loaded=loaded)
-        monkeypatch.setitem(sys.modules, "pynvml", fake)
-        monkeypatch.setattr(devices, "_nvml_started", False)
-        monkeypatch.setattr(devices, "_cached", None)
-        return fake
-
-    return install_cards
-
-
 def cuda_devices() -> list[Device]:
     return [device for device in list_devices(max_age_s=0) if device.kind == "cuda"]
 
@@ -56,6 +42,7 @@ def test_the_fake_has_the_real_functions_and_arguments() -> None:
         real = list(inspect.signature(getattr(pynvml, name)).parameters)
         assert len(fake) == len(real), name
     assert pynvml.NVML_TEMPERATURE_GPU == FakeNvml.NVML_TEMPERATURE_GPU
+    assert pynvml.NVML_ERROR_NOT_FOUND == FakeNvml.NVML_ERROR_NOT_FOUND
 
 
 def test_the_cpu_of_this_machine_is_always_there() -> None:
