@@ -341,7 +341,7 @@ def _is_peer_id(text: str) -> bool:
 
 
 def _is_device(text: str) -> bool:
-    return text in ("auto", "all") or _is_label(text)
+    return text == "auto" or _is_label(text)
 
 
 def _is_label(text: str) -> bool:
@@ -396,7 +396,7 @@ class NetworkConfig:
 class SharingConfig:
     # Off until the owner says yes.
     enabled: bool = _setting(False, Switch())
-    device: str = _setting("auto", Text('"auto", "all", "cpu" or "cuda:N"', _is_device))
+    device: str = _setting("auto", Text('"auto", "cpu" or "cuda:N"', _is_device))
     exclude_devices: tuple[str, ...] = _setting((), _DEVICE_LABELS)
     # When.
     hours: tuple[str, ...] = _setting((), Hours())

@@ -88,6 +88,10 @@ class ConnectionLost(PeerLost):
     """The connection to the peer broke, which neither side wanted."""
 
 
+class OwnerReturned(PeerLost):
+    """The owner of the peer took the device back. Run it again elsewhere."""
+
+
 class OutOfMemory(JobFailed):
     """The work unit needed more memory than its limit."""
 

@@ -102,6 +102,14 @@ class Paths:
         return self.state_dir / "tokens.sqlite3"
 
     @property
+    def owner_file(self) -> Path:
+        return self.state_dir / "owner.json"
+
+    @property
+    def unit_history_file(self) -> Path:
+        return self.state_dir / "units.sqlite3"
+
+    @property
     def api_socket(self) -> Path:
         return self.runtime_dir / "api.sock"
 
@@ -342,6 +350,24 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "ids of the tokens that this node issued, what each allows and what was spent of it; "
         "never a token itself, nor what it was used for",
         "a token's line until 30 days after it expires",
+        personal=True,
+        beside=("{name}-journal", "{name}-wal", "{name}-shm"),
+    ),
+    PathKind(
+        "owner_file",
+        "the owner's word",
+        "that lending is paused, until when, or drained, so that a restart keeps to it",
+        "until lending goes on",
+        personal=True,
+        beside=(".{name}.*",),
+        deleting="allowed",
+    ),
+    PathKind(
+        "unit_history_file",
+        "history of lent units",
+        "of each unit that ran here its times, sizes, outcome and receipt, never content; the "
+        "submitter's peer ID becomes a hash after a day",
+        "7 days (history.keep_days); `nextgpu history off` keeps none",
         personal=True,
         beside=("{name}-journal", "{name}-wal", "{name}-shm"),
     ),

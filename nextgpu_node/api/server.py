@@ -5,6 +5,17 @@
     GET  /v1/units                                     UnitsReply
     POST /v1/units/{unit_id}/cancel                    CancelReply
     PUT  /v1/sharing          ShareRequest             SharingReply
+    POST /v1/sharing/pause    PauseRequest             SharingReply
+    POST /v1/sharing/resume                            SharingReply
+    POST /v1/sharing/drain                             SharingReply
+    GET  /v1/gpus                                      GpusReply
+    GET  /v1/limits                                    LimitsReply
+    PUT  /v1/limits           LimitsRequest            LimitsReply
+    GET  /v1/serving                                   ServingReply
+    PUT  /v1/serving/{peer}   ServeRequest             ServingReply
+    GET  /v1/history?limit=                            HistoryReply
+    PUT  /v1/history          HistoryRequest           HistoryReply
+    DELETE /v1/history                                 HistoryReply
 
 Everything that goes wrong ends in an ErrorReply: its sentence is for the user, its exit code for
 the command line.  A fault of our own is told apart from a refusal and never shows its message,
@@ -40,10 +51,15 @@ from nextgpu_node.api_types import (
     Backend,
     CancelReply,
     ErrorReply,
+    HistoryRequest,
     InviteRequest,
+    LimitsRequest,
+    PauseRequest,
     PeerNeed,
+    ServeRequest,
     ShareRequest,
     SharingReply,
+    SharingView,
 )
 from nextgpu_node.desk_types import Desk
 from nextgpu_node.errors import JobTimeout, NextGPUError, UsageError
@@ -56,6 +72,10 @@ HOST: Final = "nextgpu"
 MAX_BODY_BYTES: Final = 64 * 1024
 MAX_PEERS: Final = 200
 MAX_UNIT_ID_CHARS: Final = 64
+MAX_PAUSE_S: Final = 366 * 86_400
+RULES: Final = ("allow", "deny", "none")
+DEFAULT_HISTORY: Final = 100
+MAX_HISTORY: Final = 10_000
 MAX_INVITE_S: Final = 10 * 366 * 86_400
 # A search of the DHT visits a handful of slow peers; after this the caller should try again.
 REQUEST_DEADLINE_S: Final = 60
@@ -133,6 +153,17 @@ def build_app(backend: Backend, desk: Desk | None, host: str = HOST) -> ASGIApp:
         Route("/v1/invites", endpoints.invite, methods=["POST"]),
         Route("/v1/invites/{token_id}/revoke", endpoints.revoke, methods=["POST"]),
         Route("/v1/sharing", endpoints.set_sharing, methods=["PUT"]),
+        Route("/v1/sharing/pause", endpoints.pause, methods=["POST"]),
+        Route("/v1/sharing/resume", endpoints.resume, methods=["POST"]),
+        Route("/v1/sharing/drain", endpoints.drain, methods=["POST"]),
+        Route("/v1/gpus", endpoints.gpus, methods=["GET"]),
+        Route("/v1/limits", endpoints.limits, methods=["GET"]),
+        Route("/v1/limits", endpoints.set_limits, methods=["PUT"]),
+        Route("/v1/serving", endpoints.serving, methods=["GET"]),
+        Route("/v1/serving/{peer_id}", endpoints.set_serving, methods=["PUT"]),
+        Route("/v1/history", endpoints.history, methods=["GET"]),
+        Route("/v1/history", endpoints.set_history, methods=["PUT"]),
+        Route("/v1/history", endpoints.clear_history, methods=["DELETE"]),
     ]
     if desk is not None:
         routes += DeskEndpoints(desk, _body_untrusted).routes()
@@ -187,8 +218,55 @@ class _Endpoints:
 
     async def set_sharing(self, request: Request) -> Response:
         wanted = await _body_untrusted(request, ShareRequest)
-        sharing = self._backend.set_sharing(wanted.enabled)
-        return _reply(SharingReply(**msgspec.structs.asdict(sharing)))
+        return _sharing_reply(self._backend.set_sharing(wanted.enabled))
+
+    async def pause(self, request: Request) -> Response:
+        wanted = await _body_untrusted(request, PauseRequest)
+        if not 0 <= wanted.seconds <= MAX_PAUSE_S:
+            raise UsageError(f"seconds is a whole number from 0 to {MAX_PAUSE_S}.")
+        return _sharing_reply(self._backend.pause(wanted.seconds))
+
+    async def resume(self, request: Request) -> Response:
+        await _no_body_untrusted(request)
+        return _sharing_reply(self._backend.resume())
+
+    async def drain(self, request: Request) -> Response:
+        await _no_body_untrusted(request)
+        return _sharing_reply(self._backend.drain())
+
+    async def gpus(self, request: Request) -> Response:
+        return _reply(await self._backend.gpus())
+
+    async def limits(self, request: Request) -> Response:
+        return _reply(self._backend.limits())
+
+    async def set_limits(self, request: Request) -> Response:
+        wanted = await _body_untrusted(request, LimitsRequest)
+        return _reply(await self._backend.set_limits(wanted.changes))
+
+    async def serving(self, request: Request) -> Response:
+        return _reply(self._backend.serving())
+
+    async def set_serving(self, request: Request) -> Response:
+        wanted = await _body_untrusted(request, ServeRequest)
+        if wanted.rule not in RULES:
+            raise UsageError(f"rule is one of {', '.join(RULES)}.")
+        peer_id = request.path_params["peer_id"]
+        return _reply(await self._backend.set_serving(peer_id, wanted.rule, wanted.terms))
+
+    async def history(self, request: Request) -> Response:
+        query = dict(request.query_params)
+        if set(query) - {"limit"}:
+            raise UsageError("The query takes limit, once.")
+        limit = _whole("limit", query, DEFAULT_HISTORY, 1, MAX_HISTORY)
+        return _reply(await self._backend.history(limit))
+
+    async def set_history(self, request: Request) -> Response:
+        wanted = await _body_untrusted(request, HistoryRequest)
+        return _reply(await self._backend.set_history(wanted.enabled))
+
+    async def clear_history(self, request: Request) -> Response:
+        return _reply(await self._backend.clear_history())
 
 
 class _Guard:
@@ -293,6 +371,19 @@ async def _body_untrusted(request: Request, kind: type[_Body]) -> _Body:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise UsageError(f"The body is not what this path takes: {exc}.") from exc
+
+
+async def _no_body_untrusted(request: Request) -> None:
+    """An action of a page elsewhere is refused like a form: only our own clients say JSON."""
+    await _body_untrusted(request, _Empty)
+
+
+class _Empty(msgspec.Struct, forbid_unknown_fields=True):
+    """{}"""
+
+
+def _sharing_reply(sharing: SharingView) -> Response:
+    return _reply(SharingReply(**msgspec.structs.asdict(sharing)))
 
 
 def _reply(value: msgspec.Struct) -> Response:

@@ -7,6 +7,7 @@ from typing import Final
 
 from nextgpu_node.api_types import StatusReply
 from nextgpu_node.cli.context import Context, Ctx
+from nextgpu_node.cli.sharing import describe
 from nextgpu_node.config import SharingConfig, load_config
 from nextgpu_node.errors import ConfigError, DaemonUnreachable
 from nextgpu_node.hostinfo.checks import Check, check_host, check_remains
@@ -107,6 +108,9 @@ def _check_sharing(status: StatusReply) -> Check:
     sharing = status.sharing
     if sharing.active:
         return Check("sharing", True, f"on, {sharing.free_slots} of {sharing.slots} slots free")
-    if sharing.enabled:
+    if sharing.cause == "sandbox":
         return Check("sharing", False, f"paused: {sharing.reason}", "See the lines above.")
+    if sharing.enabled:
+        # The owner's own rules: nothing is wrong.
+        return Check("sharing", True, describe(sharing))
     return Check("sharing", None, "off", "Lend this device: nextgpu share on")

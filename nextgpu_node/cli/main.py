@@ -44,6 +44,10 @@ _COMMANDS: Final = (
     ("invite", "tokens:invite", "Issue a capability token for this node's device."),
     ("invites", "tokens:invites", "The tokens that this node has issued."),
     ("revoke", "tokens:revoke", "Revoke a token that this node has issued."),
+    ("allow", "serving:allow", "Serve a peer."),
+    ("deny", "serving:deny", "Never serve a peer."),
+    ("serving", "serving:serving", "Whom this machine serves."),
+    ("history", "history:history", "Units of others that ran here."),
     ("doctor", "doctor:doctor", "Check this machine; every problem with its remedy."),
     ("web", "observing:web", "The dashboard of this node, in a browser."),
     ("events", "observing:events", "What changes in the node, as lines of JSON."),
@@ -56,8 +60,18 @@ _GROUPS: Final = {
     "share": (
         "Whether this machine lends its device.",
         (
-            ("on", "network:share_on", "Lend from now on."),
-            ("off", "network:share_off", "Lend no more; running units end."),
+            ("on", "sharing:on", "Lend from now on."),
+            ("off", "sharing:off", "Lend no more; running units save their state and end."),
+            ("pause", "sharing:pause", "Give the device back, for a time or until resume."),
+            ("resume", "sharing:resume", "End a pause, or a drain."),
+            ("drain", "sharing:drain", "Take no new units; running ones go on to their end."),
+        ),
+    ),
+    "limits": (
+        "What of this machine is lent, and when.",
+        (
+            ("show", "limits:show", "Every limit with its value."),
+            ("set", "limits:set_", "Change limits; they hold at once."),
         ),
     ),
     "identity": (

@@ -1,4 +1,4 @@
-"""Commands that ask the daemon: peers, units, cancel, share."""
+"""Commands that ask the daemon: peers, units, cancel."""
 
 from __future__ import annotations
 
@@ -152,27 +152,3 @@ async def cancel_unit(ctx: Context, unit_id: str) -> int:
     else:
         ctx.out.say(f"Cancelled {unit_id}.")
     return 0
-
-
-async def share_on(*, ctx: Ctx) -> int:
-    """Lend from now on, also after a restart."""
-    return await _share(ctx, enabled=True)
-
-
-async def share_off(*, ctx: Ctx) -> int:
-    """Lend no more, also after a restart; running units end."""
-    return await _share(ctx, enabled=False)
-
-
-async def _share(ctx: Ctx, *, enabled: bool) -> int:
-    async with ApiClient(ctx.paths.api_socket) as api:
-        sharing = await api.set_sharing(enabled)
-    if ctx.out.json:
-        ctx.out.print_json(sharing=msgspec.to_builtins(sharing))
-    else:
-        ctx.out.say(f"Sharing is {'on' if sharing.active else 'off'}{_because(sharing.reason)}.")
-    return 0
-
-
-def _because(reason: str) -> str:
-    return f": {reason}" if reason else ""

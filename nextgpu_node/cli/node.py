@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import msgspec
 
-from nextgpu_node.api_types import SharingView, StatusReply
+from nextgpu_node.api_types import GpuView, StatusReply
 from nextgpu_node.cli.context import Ctx
 from nextgpu_node.cli.network import device_name
 from nextgpu_node.cli.output import human_bytes, human_seconds
-from nextgpu_node.hostinfo.devices import list_devices
+from nextgpu_node.cli.sharing import describe
+from nextgpu_node.errors import DaemonUnreachable
+from nextgpu_node.hostinfo.devices import list_devices, usage
+from nextgpu_node.hostinfo.sensors import foreign_use
+from nextgpu_node.hostinfo.views import as_gpu
 from nextgpu_node.sdk.api_client import ApiClient
 
 
@@ -36,7 +38,7 @@ def _status_facts(reply: StatusReply) -> dict[str, str]:
         "up": human_seconds(reply.uptime_s),
         "addresses": ", ".join(reply.addresses) or "none",
         "connected to": f"{reply.connected_peers} peers",
-        "sharing": _sharing_fact(reply.sharing),
+        "sharing": describe(reply.sharing),
         "devices": "; ".join(devices) or "none",
         "runtime": reply.runtime or "none",
         "isolation": f"tier {reply.isolation_tier}: {', '.join(reply.isolation) or 'none'}",
@@ -44,30 +46,37 @@ def _status_facts(reply: StatusReply) -> dict[str, str]:
     }
 
 
-def _sharing_fact(sharing: SharingView) -> str:
-    if sharing.active:
-        return f"on, {sharing.free_slots} of {sharing.slots} slots free"
-    return f"off: {sharing.reason}" if sharing.reason else "off"
-
-
-def gpus(*, ctx: Ctx) -> int:
-    """The devices of this machine.  Needs no running node."""
-    devices = list_devices(max_age_s=0)
+async def gpus(*, ctx: Ctx) -> int:
+    """The devices of this machine, and what each does now.  Needs no running node."""
+    try:
+        async with ApiClient(ctx.paths.api_socket) as api:
+            found = (await api.gpus()).gpus
+    except DaemonUnreachable:
+        nobody: frozenset[int] = frozenset()
+        devices = list_devices(max_age_s=0)
+        found = [as_gpu(d, usage(d), foreign_use(d, nobody)) for d in devices]
     if ctx.out.json:
-        # The uuid names this one card anywhere; it is nobody's business.
-        plain = [dataclasses.asdict(device) for device in devices]
-        ctx.out.print_json(devices=[{k: v for k, v in d.items() if k != "uuid"} for d in plain])
+        ctx.out.print_json(devices=[msgspec.to_builtins(gpu) for gpu in found])
         return 0
-    has_gpu = any(device.kind == "cuda" for device in devices)
-    rows = [
-        (
-            device.label if has_gpu or device.kind != "cpu" else "cpu (no GPU here)",
-            device.name,
-            human_bytes(device.total_memory_bytes),
-            human_bytes(device.free_memory_bytes),
-            device.compute_capability or "-",
-        )
-        for device in devices
-    ]
-    ctx.out.table(("DEVICE", "NAME", "MEMORY", "FREE", "COMPUTE"), rows)
+    has_gpu = any(gpu.kind != "cpu" for gpu in found)
+    columns = ("DEVICE", "NAME", "MEMORY", "FREE", "COMPUTE", "BUSY", "TEMP", "POWER", "STATE")
+    ctx.out.table(columns, [_gpu_row(gpu, has_gpu=has_gpu) for gpu in found])
     return 0
+
+
+def _gpu_row(gpu: GpuView, *, has_gpu: bool) -> tuple[str, ...]:
+    return (
+        gpu.label if has_gpu or gpu.kind != "cpu" else "cpu (no GPU here)",
+        gpu.name,
+        human_bytes(gpu.memory_total_bytes),
+        human_bytes(gpu.memory_free_bytes),
+        gpu.compute_capability or "-",
+        _known(gpu.utilisation, "{:.0%}"),
+        _known(gpu.temperature_c, "{:.0f} C"),
+        _known(gpu.power_w, "{:.0f} W"),
+        f"{gpu.state}: {gpu.reason}" if gpu.reason else gpu.state,
+    )
+
+
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -7,8 +7,10 @@ stranger more than needed: a submitter that is not served does not learn the loa
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from nextgpu_node.peer_terms import PeerTerms
 from nextgpu_protocol.checks import check_request_untrusted
 from nextgpu_protocol.envelope import Signed
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
@@ -47,6 +49,21 @@ class OwnerPolicy:
     serve: str = "allow"
     # Whose Python may run here.  There is no "everyone", on purpose.
     python_allow: frozenset[PeerId] = frozenset()
+    # Of one submitter: units at once, and device seconds in 24 hours; 0: no limit of its own.
+    peer_units: int = 0
+    peer_seconds_per_day: int = 0
+    terms: Mapping[PeerId, PeerTerms] = field(default_factory=dict)
+
+    def terms_of(self, ids: Iterable[PeerId]) -> PeerTerms | None:
+        """Terms of its own, under any name that the submitter has or had."""
+        return next((self.terms[peer] for peer in ids if peer in self.terms), None)
+
+    def limit_for(self, ids: Iterable[PeerId], name: str) -> int:
+        """`name` is a number of PeerTerms; what its own terms leave open is as for everyone."""
+        own = getattr(self.terms_of(ids), name, None)
+        everyone: int = getattr(self, "requests_per_minute" if name == "requests_per_minute"
+                                else f"peer_{name}")  # fmt: skip
+        return everyone if own is None else own
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +131,13 @@ class RateLimiter:
     per_minute: int
     _seen_ms: OrderedDict[PeerKey | PeerId, deque[int]] = field(default_factory=OrderedDict)
 
-    def check(self, name: PeerKey | PeerId, *, now_ms: int) -> None:
+    def check(self, name: PeerKey | PeerId, *, now_ms: int, per_minute: int | None = None) -> None:
+        """`per_minute` is this submitter's own limit, where it has one."""
         times = self._seen_ms.setdefault(name, deque())
         self._seen_ms.move_to_end(name)
         while times and times[0] <= now_ms - _MINUTE_MS:
             times.popleft()
-        if len(times) >= self.per_minute:
+        if len(times) >= (per_minute or self.per_minute):
             raise RemoteProtocolError(ErrorCode.RATE_LIMITED)
         times.append(now_ms)
         if len(self._seen_ms) > _MAX_TRACKED_PEERS:
@@ -149,9 +167,7 @@ def check_policy(
     check_not_denied(names, policy)
     if not _is_served(names, policy, has_token=token is not None):
         raise RemoteProtocolError(ErrorCode.NOT_ALLOWED)
-    # A token opens the door for programs, never for code: that takes the submitter's name.
-    if request.message.kind == "python" and not names.ids & policy.python_allow:
-        raise RemoteProtocolError(ErrorCode.PYTHON_NOT_ALLOWED)
+    _check_kind(request.message.kind, names, policy)
     if not policy.sharing:
         raise RemoteProtocolError(ErrorCode.NOT_SHARING, policy.reason)
     _check_device(request.message, policy)
@@ -186,6 +202,40 @@ def _is_served(names: Submitter, policy: OwnerPolicy, *, has_token: bool) -> boo
             return listed or has_token
         case _:
             return listed or not policy.allow
+
+
+def _check_kind(kind: str, names: Submitter, policy: OwnerPolicy) -> None:
+    """A token opens the door for programs, never for code: that takes the submitter's name."""
+    terms = policy.terms_of(names.ids)
+    own = terms.kinds if terms is not None else None
+    if own is not None and kind in own:
+        return
+    if kind == "python" and (own is not None or not names.ids & policy.python_allow):
+        raise RemoteProtocolError(ErrorCode.PYTHON_NOT_ALLOWED)
+    if own is not None:
+        raise RemoteProtocolError(ErrorCode.NOT_ALLOWED, f"units of the kind {kind}")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLoad:
+    """What one submitter has here: units now, and device time in 24 hours, theirs included."""
+
+    units: int = 0
+    used_ms: int = 0
+
+
+def check_quota(
+    request: UnitRequest, names: Submitter, policy: OwnerPolicy, load: PeerLoad
+) -> None:
+    """One submitter's share of the device.  A unit counts with all that it may use."""
+    units = policy.limit_for(names.ids, "units")
+    if units and load.units >= units:
+        raise RemoteProtocolError(ErrorCode.BUSY, f"{units} units of yours at a time")
+    seconds = policy.limit_for(names.ids, "seconds_per_day")
+    left_ms = seconds * 1000 - load.used_ms
+    if seconds and request.max_seconds * 1000 > left_ms:
+        detail = f"max_seconds: {request.max_seconds} of {max(0, left_ms) // 1000} left today"
+        raise RemoteProtocolError(ErrorCode.OVER_LIMIT, detail)
 
 
 def _check_device(request: UnitRequest, policy: OwnerPolicy) -> None:

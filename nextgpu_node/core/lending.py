@@ -19,18 +19,21 @@ from typing import assert_never
 from nextgpu_node.core.admission import (
     Grant,
     OwnerPolicy,
+    PeerLoad,
     RateLimiter,
     ReplayCache,
     Submitter,
     check_freshness,
     check_not_denied,
     check_policy,
+    check_quota,
 )
+from nextgpu_node.core.quotas import UsageBook
 from nextgpu_node.core.tokens import Reservation, TokenBook
 from nextgpu_protocol.checks import check_header_untrusted
 from nextgpu_protocol.envelope import Signed
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
-from nextgpu_protocol.ids import PeerId, PeerKey
+from nextgpu_protocol.ids import PeerId, PeerKey, peer_id_from_public_key
 from nextgpu_protocol.messages import (
     Offer,
     UnitHeader,
@@ -114,6 +117,13 @@ class UnitStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnerReturned:
+    """The owner wants the device back."""
+
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerEnded:
     """The worker process is gone; `status` is what its end means."""
 
@@ -143,6 +153,7 @@ Event = (
     | ReservationSaved
     | OutputEnded
     | UnitStopped
+    | OwnerReturned
     | WorkerEnded
     | Wiped
     | SessionOver
@@ -200,6 +211,11 @@ class StartUnit:
 
 
 @dataclass(frozen=True, slots=True)
+class AskToGiveBack:
+    """Have the worker save its state and end -> WorkerEnded, or UnitStopped when its time is up."""
+
+
+@dataclass(frozen=True, slots=True)
 class AwaitExit:
     """The worker has said all: give it a moment to exit by itself -> WorkerEnded."""
 
@@ -230,6 +246,7 @@ Effect = (
     | SendOffer
     | SaveReservation
     | StartUnit
+    | AskToGiveBack
     | AwaitExit
     | WipeWorker
     | Settle
@@ -241,6 +258,7 @@ Effect = (
 @dataclass(slots=True)
 class _Unit:
     request: Signed[UnitRequest]
+    names: Submitter
     grant: Grant
     reservation: Reservation | None = None
     state: UnitState = UnitState.STARTING
@@ -265,6 +283,7 @@ class Lending:
         self._own_key = own_key
         self._issuers = own_former_keys | {own_key}
         self.tokens = tokens or TokenBook()
+        self.usage = UsageBook()
         self.table_version = table_version
         self._units: dict[SessionId, _Unit] = {}
         self._seen = ReplayCache()
@@ -280,7 +299,7 @@ class Lending:
         unit = self._units.get(session)
         return unit.state if unit else UnitState.OVER
 
-    def handle(self, event: Event, *, now_ms: int) -> list[Effect]:
+    def handle(self, event: Event, *, now_ms: int) -> list[Effect]:  # noqa: C901  one row each
         """What to do about `event`."""
         match event:
             case UnitRequested():
@@ -299,10 +318,12 @@ class Lending:
                 return self._move(event.session, UnitState.RUNNING, UnitState.ENDING, AwaitExit())
             case UnitStopped():
                 return self._stopped(event)
+            case OwnerReturned():
+                return self._owner_returned(event.session)
             case WorkerEnded():
                 return self._worker_ended(event)
             case Wiped():
-                return self._wiped(event)
+                return self._wiped(event, now_ms)
             case SessionOver():
                 return self._over(event.session)
             case _:
@@ -311,14 +332,27 @@ class Lending:
     def _requested(self, event: UnitRequested, now_ms: int) -> list[Effect]:
         try:
             # First, since a request costs its sender a key of any kind, and us a remembered hash.
-            self._rate.check(event.sender, now_ms=now_ms)
+            self._check_rate(event.sender, event.sender, now_ms)
             check_freshness(event.request, self._own_key, self._seen, now_ms=now_ms)
-            self._rate.check(event.request.signer, now_ms=now_ms)
+            signer = event.request.signer
+            self._check_rate(signer, peer_id_from_public_key(signer), now_ms)
             unit = self._admit(event.request, event.former_keys, now_ms)
         except RemoteProtocolError as exc:
             return [Refuse(exc.code, exc.detail)]
         self._units[event.session] = unit
         return [SpawnWorker(unit.grant, unit.request.message.kind)]
+
+    def _check_rate(self, name: PeerKey | PeerId, peer: PeerId, now_ms: int) -> None:
+        per_minute = self.policy.limit_for((peer,), "requests_per_minute")
+        self._rate.check(name, now_ms=now_ms, per_minute=per_minute)
+
+    def load_of(self, names: Submitter, *, now_ms: int) -> PeerLoad:
+        """What a submitter has here; running units count with all that they may use."""
+        alive = [unit for unit in self._units.values() if unit.state is not UnitState.OVER]
+        running = [unit for unit in alive if unit.names.ids & names.ids]
+        held_ms = sum(unit.request.message.max_seconds * 1000 for unit in running)
+        used_ms = self.usage.used_ms(names.ids, now_ms=now_ms)
+        return PeerLoad(len(running), used_ms + held_ms)
 
     def _admit(
         self, request: Signed[UnitRequest], former_keys: frozenset[PeerKey], now_ms: int
@@ -334,11 +368,12 @@ class Lending:
             names=names,
             token=token,
         )
+        check_quota(request.message, names, self.policy, self.load_of(names, now_ms=now_ms))
         if token is None:
-            return _Unit(request, grant)
+            return _Unit(request, names, grant)
         # Last of all: nothing is set aside for a request that is refused for another reason.
         reservation = self.tokens.reserve(token, request.hash, request.message.max_seconds)
-        return _Unit(request, grant, reservation)
+        return _Unit(request, names, grant, reservation)
 
     def _open_token_untrusted(
         self, request: Signed[UnitRequest], names: Submitter, now_ms: int
@@ -361,6 +396,11 @@ class Lending:
             for session, unit in self._units.items()
             if unit.reservation is not None and unit.reservation.token_id == token_id
         ]
+
+    def sessions_of_denied(self) -> list[SessionId]:
+        """Units of submitters that the owner has denied since they came."""
+        denied = self.policy.deny
+        return [session for session, unit in self._units.items() if unit.names.ids & denied]
 
     def _worker_ready(self, session: SessionId) -> list[Effect]:
         unit = self._units.get(session)
@@ -409,6 +449,15 @@ class Lending:
         unit.status, unit.state = event.status, UnitState.WIPING
         return [WipeWorker()]
 
+    def _owner_returned(self, session: SessionId) -> list[Effect]:
+        """A unit that runs may save its state; one that is ending has its results on their way."""
+        unit = self._units.get(session)
+        if unit is None:
+            return []
+        if unit.state in (UnitState.STARTING, UnitState.OFFERED):
+            return self._drop(session, ErrorCode.NOT_SHARING, self.policy.reason)
+        return [AskToGiveBack()] if unit.state is UnitState.RUNNING else []
+
     def _worker_ended(self, event: WorkerEnded) -> list[Effect]:
         unit = self._units.get(event.session)
         if unit is None or unit.state not in (UnitState.RUNNING, UnitState.ENDING):
@@ -419,9 +468,11 @@ class Lending:
         unit.state = UnitState.WIPING
         return [WipeWorker()]
 
-    def _wiped(self, event: Wiped) -> list[Effect]:
+    def _wiped(self, event: Wiped, now_ms: int) -> list[Effect]:
         unit = self._units[event.session]
         unit.state = UnitState.OVER
+        peer = peer_id_from_public_key(unit.request.signer)
+        self.usage.add(peer, event.wall_ms, at_ms=now_ms)
         receipt = SendReceipt(unit.status)
         if unit.reservation is None:
             return [receipt]

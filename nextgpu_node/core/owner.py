@@ -135,6 +135,11 @@ class Decision:
         return self.state is LendingState.LENDING
 
     @property
+    def runs(self) -> bool:
+        """Whether units that run may go on."""
+        return self.state in (LendingState.LENDING, LendingState.DRAINING)
+
+    @property
     def told(self) -> str:
         """What peers are told: that the owner decided, never what the owner does meanwhile."""
         match self.state:
@@ -150,7 +155,7 @@ class Decision:
     def of_device(self, label: str) -> Decision:
         """The decision for one device: the machine's, or its own reason to pause."""
         verdict = self.devices.get(label)
-        if not self.lends or verdict is None:
+        if verdict is None or not self.runs:
             return self
         return Decision(LendingState.PAUSED, verdict.cause, verdict.reason)
 
@@ -327,24 +332,29 @@ class Owner:
             self._rules = rules
             self._held.clear()
 
-    def decide(self, reading: Reading, now: Moment) -> Decision:
+    def decide(self, reading: Reading | None, now: Moment) -> Decision:
+        """What holds now.  Without a reading nothing is known, and unknown is no permission."""
         self._end_pause(now)
         if not self.switch.enabled:
             # The sensors are not even read then: what they said before is no longer true.
             self._held.clear()
             return Decision(LendingState.OFF, "off", "sharing is off")
+        pause = self._paused(now)
+        if reading is None:
+            return pause or Decision(LendingState.PAUSED, "starting", "starting")
         devices = {
             device.label: verdict
             for device in reading.devices
             if (verdict := self._judge_device(device, now.steady_s)) is not None
         }
         machine = self._judge_machine(reading, now)
-        said = self._said(now)
-        if said is not None:
-            return said
+        if pause is not None:
+            return pause
         if machine is not None:
             until_ms = self._opens_at_ms(now) if machine.cause == "hours" else 0
             return Decision(LendingState.PAUSED, machine.cause, machine.reason, until_ms, devices)
+        if self.switch.order == "drain":
+            return Decision(LendingState.DRAINING, "drain", "takes no new units", 0, devices)
         return Decision(LendingState.LENDING, devices=devices)
 
     def _end_pause(self, now: Moment) -> None:
@@ -352,15 +362,13 @@ class Owner:
         if switch.order == "pause" and switch.until_ms and now.wall_ms >= switch.until_ms:
             self.switch = Switch(enabled=switch.enabled)
 
-    def _said(self, now: Moment) -> Decision | None:
+    def _paused(self, now: Moment) -> Decision | None:
         """What the owner said stands before anything that a sensor says."""
         switch = self.switch
-        if switch.order == "pause":
-            until = f" until {_local_time(switch.until_ms, now)}" if switch.until_ms else ""
-            return Decision(LendingState.PAUSED, "owner", f"by you{until}", switch.until_ms)
-        if switch.order == "drain":
-            return Decision(LendingState.DRAINING, "drain", "takes no new units")
-        return None
+        if switch.order != "pause":
+            return None
+        until = f" until {_local_time(switch.until_ms, now)}" if switch.until_ms else ""
+        return Decision(LendingState.PAUSED, "owner", f"by you{until}", switch.until_ms)
 
     def _judge_machine(self, reading: Reading, now: Moment) -> Verdict | None:
         """Every cause is looked at, so that none misses its time; the first one is told."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import trio
 
-from nextgpu_node.api_types import DeviceView, GpusReply, GpuView
-from nextgpu_node.hostinfo.devices import Device, Usage, choose_device, list_devices, usage
+from nextgpu_node.api_types import DeviceView, GpusReply
+from nextgpu_node.core.owner import ForeignUse
+from nextgpu_node.hostinfo.devices import Device, Usage, list_devices, usage
+from nextgpu_node.hostinfo.sensors import foreign_use
+from nextgpu_node.hostinfo.views import as_gpu
 from nextgpu_protocol.messages import DeviceInfo
 
 _REFRESH_S = 15
@@ -23,36 +28,35 @@ class HostDevices:
             await trio.sleep(_REFRESH_S)
             self._devices = await trio.to_thread.run_sync(list_devices, abandon_on_cancel=True)
 
-    def chosen(self, wanted: str) -> Device | None:
-        """The device that `sharing.device` names."""
-        return choose_device(self._devices, wanted)
+    def all(self) -> list[Device]:
+        return list(self._devices)
 
-    async def gpus(self) -> GpusReply:
-        """Every device with what it does now."""
-        found = await trio.to_thread.run_sync(_look, abandon_on_cancel=True)
-        return GpusReply(gpus=found)
+    def ranked(self, wanted: str) -> list[Device]:
+        """What `sharing.device` names, the best first: cards, or the CPU where there is none."""
+        if wanted != "auto":
+            return [device for device in self._devices if device.label == wanted]
+        cards = [device for device in self._devices if device.kind != "cpu"]
+        found = cards or self._devices
+        return sorted(found, key=lambda device: -device.total_memory_bytes)
+
+    async def gpus(
+        self, states: Mapping[str, tuple[bool, str, str]], own_pids: frozenset[int]
+    ) -> GpusReply:
+        """Every device with what it does now; `states` is the provider's word on each."""
+        found = await trio.to_thread.run_sync(_look, own_pids, abandon_on_cancel=True)
+        missing = (False, "off", "")
+        return GpusReply(gpus=[as_gpu(*one, *states.get(one[0].label, missing)) for one in found])
 
     def views(self) -> list[DeviceView]:
         """Every device, for its owner."""
         return [as_view(as_message(device)) for device in self._devices]
 
 
-def _look() -> list[GpuView]:
-    return [_with_usage(device, usage(device)) for device in list_devices()]
+_Found = tuple[Device, Usage, tuple[ForeignUse, ...] | None]
 
 
-def _with_usage(device: Device, now: Usage) -> GpuView:
-    return GpuView(
-        label=device.label,
-        kind=device.kind,
-        name=device.name,
-        memory_total_bytes=device.total_memory_bytes,
-        memory_free_bytes=device.free_memory_bytes,
-        compute_capability=device.compute_capability,
-        utilisation=now.utilisation,
-        temperature_c=now.temperature_c,
-        power_w=now.power_w,
-    )
+def _look(own_pids: frozenset[int]) -> list[_Found]:
+    return [(d, usage(d), foreign_use(d, own_pids)) for d in list_devices()]
 
 
 def as_message(device: Device) -> DeviceInfo:

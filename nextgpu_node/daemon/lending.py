@@ -23,6 +23,7 @@ from nextgpu_node.clock import now_ms
 from nextgpu_node.core import lending as core
 from nextgpu_node.core.admission import Grant
 from nextgpu_node.core.tokens import Reservation
+from nextgpu_node.daemon.bandwidth import Line
 from nextgpu_node.daemon.lasting import LastingFrames, Link, LinkStream
 from nextgpu_node.daemon.workers import status_of_exit
 from nextgpu_node.errors import NetworkError, PeerLost, SandboxError, StoreError
@@ -31,12 +32,18 @@ from nextgpu_node.identity import Identity
 from nextgpu_node.sandbox.launcher import Worker
 from nextgpu_node.sandbox.slots import WorkerExit
 from nextgpu_node.store.token_ledger import TokenLedger
+from nextgpu_node.store.unit_history import PastUnit
 from nextgpu_protocol.checks import LentUnitLink, check_resume_untrusted
 from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import Frame, FrameKind
-from nextgpu_protocol.ids import PeerId, PeerKey, public_key_from_peer_id
+from nextgpu_protocol.ids import (
+    PeerId,
+    PeerKey,
+    peer_id_from_public_key,
+    public_key_from_peer_id,
+)
 from nextgpu_protocol.limits import MAX_OFFER_LIFETIME_MS, RESUME_GRACE_MS
 from nextgpu_protocol.local import Assignment
 from nextgpu_protocol.messages import (
@@ -64,6 +71,8 @@ _SEND_DEADLINE_S = 10
 # What a worker has left behind when it ends is at most a few frames on their way.
 _DRAIN_S = 15
 _EVENTS = 8
+# What a worker has to save its state when the owner wants the device back.
+GRACE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -107,6 +116,7 @@ class LentUnit:
         ledger: TokenLedger,
         former_keys: Callable[[Signed[UnitRequest]], Awaitable[frozenset[PeerKey]]],
         take_python_worker: Callable[[int], Awaitable[tuple[Worker, str]]] | None = None,
+        line: Line | None = None,
     ) -> None:
         """`take_python_worker` gives the runtime too: it is another process than the others."""
         self.id = session_id
@@ -120,6 +130,7 @@ class LentUnit:
         self._identity = identity
         self._ledger = ledger
         self._former_keys = former_keys
+        self._line = line or Line()
         self._session = Session("P")
         self._send_events, self._events = trio.open_memory_channel[core.Event](_EVENTS)
         self._pump_scopes: list[trio.CancelScope] = []
@@ -134,6 +145,7 @@ class LentUnit:
         self._over = False
         self.began_s = time.monotonic()
         self.finished = trio.Event()
+        self.past: PastUnit | None = None  # once there is a receipt
 
     @property
     def state(self) -> str:
@@ -156,6 +168,13 @@ class LentUnit:
             self._send_events.send_nowait(core.UnitStopped(self.id, status, code))
         except trio.WouldBlock:
             # The queue holds more events than one unit can have: it is ending already.
+            log.debug("unit.stop_was_late", unit_id=self.unit_id)
+
+    def give_back(self) -> None:
+        """The owner is back: the worker has `GRACE_S` to save its state.  Never blocks."""
+        try:
+            self._send_events.send_nowait(core.OwnerReturned(self.id))
+        except trio.WouldBlock:
             log.debug("unit.stop_was_late", unit_id=self.unit_id)
 
     def _stop_pumps(self) -> None:
@@ -205,6 +224,8 @@ class LentUnit:
                 return await self._save(reservation)
             case core.StartUnit(offer, header):
                 await self._start(offer, header, nursery)
+            case core.AskToGiveBack():
+                self._ask_to_give_back(nursery)
             case core.AwaitExit():
                 return await self._await_exit()
             case core.WipeWorker():
@@ -237,6 +258,7 @@ class LentUnit:
         raise RemoteProtocolError(ErrorCode.TIMED_OUT, "no request came")
 
     async def _take_worker(self, grant: Grant, kind: str) -> core.Event:
+        self._kind = kind
         try:
             if kind == "python":
                 assert self._take_python_worker is not None  # or admission would have refused
@@ -396,6 +418,7 @@ class LentUnit:
         assert self._running is not None
         assert self._worker_frames is not None
         while (frames := await self._frames.receive_ready_untrusted()) is not None:
+            await self._line.download.take(sum(len(body) for _, body in frames))
             for kind, body in frames:
                 self._session.received_untrusted(kind)
                 if kind is FrameKind.CANCEL:
@@ -413,6 +436,7 @@ class LentUnit:
         assert self._running is not None
         assert self._worker_frames is not None
         while (frames := await self._receive_from_worker()) is not None:
+            await self._line.upload.take(sum(len(body) for _, body in frames))
             if self._is_stopping:
                 break
             passed: list[Frame] = []
@@ -446,6 +470,23 @@ class LentUnit:
         if status == "done":
             return core.UnitStopped(self.id, "submitter_lost", ErrorCode.SUBMITTER_LOST)
         return core.WorkerEnded(self.id, status)
+
+    def _ask_to_give_back(self, nursery: trio.Nursery) -> None:
+        assert self._worker is not None
+        log.info("unit.owner_returned", unit_id=self.unit_id)
+        self._worker.ask_to_give_back()
+        nursery.start_soon(self._end_after_grace)
+
+    async def _end_after_grace(self) -> None:
+        """A worker that has ended holds nothing: what it saved may take its time to the submitter.
+
+        One that has not ended by then is killed with whatever it was doing.
+        """
+        assert self._worker is not None
+        with trio.move_on_after(GRACE_S):
+            await self._worker.wait()
+            return
+        self.stop("owner_stopped", ErrorCode.OWNER_RETURNED)
 
     async def _receive_from_worker(self) -> list[Frame] | None:
         assert self._worker_frames is not None
@@ -482,6 +523,7 @@ class LentUnit:
 
     async def _send_receipt(self, status: str) -> None:
         receipt = sign_message(self._make_receipt(status), self._identity.signing_key)
+        self.past = self._past_unit(receipt)
         log.info("unit.finished", unit_id=self.unit_id, status=status)
         with trio.move_on_after(_SEND_DEADLINE_S):
             await self._send(FrameKind.RECEIPT, receipt.data)
@@ -509,6 +551,23 @@ class LentUnit:
             isolation=self._worker.layers,
             wipe=self._wipe,
             finished_at_ms=now_ms(),
+        )
+
+    def _past_unit(self, receipt: Signed[Receipt]) -> PastUnit:
+        """What the owner may see of it later."""
+        said, running = receipt.message, self._running
+        assert running is not None
+        offer = running.offer.message
+        return PastUnit(
+            unit_id=said.unit_id,
+            peer=peer_id_from_public_key(offer.submitter_key),
+            kind=self._kind,
+            device=offer.device.name,
+            started_at_ms=said.finished_at_ms - said.metering.wall_ms,
+            metering=said.metering,
+            status=said.status,
+            wiped=not said.failed_wipe_steps,
+            receipt=receipt.data,
         )
 
     async def _await_ack(self, receipt: Signed[Receipt]) -> None:

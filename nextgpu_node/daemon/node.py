@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 
+import msgspec
 import psutil
 import structlog
 import trio
@@ -20,21 +21,26 @@ from nextgpu_node.api import server as api_server
 from nextgpu_node.api.sockets import listen_private, remove_listening
 from nextgpu_node.api.web import Web
 from nextgpu_node.api_types import (
+    GpusReply,
+    HistoryReply,
     InviteReply,
     InviteRequest,
     InvitesReply,
+    LimitsReply,
     PeerNeed,
     PeersReply,
     RevokeReply,
+    ServingReply,
     SharingView,
     StatusReply,
     UnitsReply,
     UnitView,
 )
-from nextgpu_node.config import Config, set_value
+from nextgpu_node.config import Config, read_changes, set_values, with_changes
 from nextgpu_node.daemon.borrowing import RESUME_PROTOCOL, UNIT_PROTOCOL, Borrowing
 from nextgpu_node.daemon.desk import OwnersDesk
 from nextgpu_node.daemon.devices import HostDevices
+from nextgpu_node.daemon.history import History
 from nextgpu_node.daemon.known_peers import (
     load_known_peers,
     save_known_peers,
@@ -55,12 +61,13 @@ from nextgpu_node.daemon.successions import (
 )
 from nextgpu_node.daemon.tokens import Tokens
 from nextgpu_node.errors import ConfigError, NextGPUError
+from nextgpu_node.hostinfo.sensors import HostSensors, Sensors
 from nextgpu_node.identity import Identity
 from nextgpu_node.p2p.network import Network
 from nextgpu_node.p2p.settings import P2PSettings
 from nextgpu_node.p2p.streams import PeerStream
 from nextgpu_node.paths import Paths, ensure_private_dir
-from nextgpu_protocol.errors import ErrorCode
+from nextgpu_node.sharing_settings import limit_views, serving_changes
 
 log = structlog.get_logger()
 
@@ -70,7 +77,10 @@ _MAX_LOCAL_CLIENTS = 64
 class Node:
     """The daemon's object.  Implements `api_types.Backend`."""
 
-    def __init__(self, config: Config, paths: Paths, identity: Identity) -> None:
+    def __init__(
+        self, config: Config, paths: Paths, identity: Identity, sensors: Sensors | None = None
+    ) -> None:
+        """`sensors` are this machine's own where none are given."""
         self._config = config
         self._paths = paths
         self._identity = identity
@@ -91,6 +101,7 @@ class Node:
                 SUCCESSIONS_PROTOCOL: self._serve_successions,
             },
         )
+        self._history = History(paths.unit_history_file, config.history)
         self._provider = Provider(
             config.sharing,
             identity,
@@ -98,6 +109,9 @@ class Node:
             paths.worker_dir,
             self._tokens,
             FormerKeys(self._network),
+            self._history,
+            sensors or HostSensors(paths.state_dir),
+            paths.owner_file,
         )
         self._borrowing = Borrowing(self._network, identity)
         self._finder = PeerFinder(self._network)
@@ -114,12 +128,15 @@ class Node:
         unit_socket = listen_private(self._paths.units_socket)
         try:
             self._tokens.open()
+            self._history.open()
+            self._provider.restore_usage()
             async with trio.open_nursery() as nursery:
                 self._addresses = await nursery.start(self._network.run)
                 await nursery.start(self._desk.run)
                 await nursery.start(api_server.run, self, self._paths.api_socket, self._desk)
                 nursery.start_soon(self._serve_unit_socket, unit_socket)
                 nursery.start_soon(self._devices.run)
+                nursery.start_soon(self._history.run)
                 nursery.start_soon(self._provider.run)
                 nursery.start_soon(announce_forever, self._network, self._provider.capability_keys)
                 if self._remembers_peers:
@@ -128,6 +145,7 @@ class Node:
                 task_status.started(self._addresses)
         finally:
             self._tokens.close()
+            self._history.close()
             remove_listening(self._paths.units_socket, unit_socket)
 
     def _make_desk(self) -> OwnersDesk:
@@ -137,7 +155,7 @@ class Node:
             return api_server.build_app(self, self._desk, host)
 
         web = Web(make_app, config.port, self._paths.web_token_file)
-        return OwnersDesk(self, self._devices.gpus, self._paths, web, open_web=config.open)
+        return OwnersDesk(self, self.gpus, self._paths, web, open_web=config.open)
 
     async def stop_lending(self) -> None:
         """Before a shutdown: every lent unit gets its wipe and its receipt, and the network hears
@@ -146,7 +164,7 @@ class Node:
             save_known_peers(self._network, self._paths.known_peers_file)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(withdraw, self._network)
-            await self._provider.stop_units("owner_stopped", ErrorCode.SHUTTING_DOWN)
+            await self._provider.stop_lending()
 
     # --- Backend ----------------------------------------------------------------------------
 
@@ -189,14 +207,65 @@ class Node:
 
     def set_sharing(self, enabled: bool) -> SharingView:
         """Switch lending, now and for the next start."""
-        try:
-            set_value(self._paths.config_file, "sharing.enabled", "true" if enabled else "false")
-        except ConfigError as exc:
-            # Off is off even where the file can not be written; the owner hears about the rest.
-            self._provider.set_enabled(enabled)
-            raise NextGPUError(f"Switched for this run only: {exc}") from exc
+        # Off is off even where the file can not be written; the owner hears about the rest.
         self._provider.set_enabled(enabled)
+        note = self._save({"sharing.enabled": "true" if enabled else "false"})
+        if note:
+            raise NextGPUError(f"Switched for this run only: {note}")
         return self._provider.sharing_view()
+
+    def pause(self, seconds: int) -> SharingView:
+        self._provider.pause(seconds)
+        return self._provider.sharing_view()
+
+    def resume(self) -> SharingView:
+        self._provider.resume()
+        return self._provider.sharing_view()
+
+    def drain(self) -> SharingView:
+        self._provider.drain()
+        return self._provider.sharing_view()
+
+    async def gpus(self) -> GpusReply:
+        return await self._devices.gpus(self._provider.device_states(), self._provider.own_pids)
+
+    def limits(self) -> LimitsReply:
+        return LimitsReply(limits=limit_views(self._config.sharing))
+
+    async def set_limits(self, changes: dict[str, str]) -> LimitsReply:
+        note = await self._change({f"sharing.{key}": text for key, text in changes.items()})
+        return LimitsReply(limits=limit_views(self._config.sharing), saved=not note, note=note)
+
+    def serving(self) -> ServingReply:
+        return self._provider.serving_view()
+
+    async def set_serving(self, peer_id: str, rule: str, terms: dict[str, str]) -> ServingReply:
+        note = await self._change(serving_changes(self._config.sharing, peer_id, rule, terms))
+        return msgspec.structs.replace(self._provider.serving_view(), saved=not note, note=note)
+
+    async def history(self, limit: int) -> HistoryReply:
+        return await self._history.newest(limit)
+
+    async def clear_history(self) -> HistoryReply:
+        return await self._history.clear()
+
+    async def set_history(self, enabled: bool) -> HistoryReply:
+        await self._change({"history.record": "true" if enabled else "false"})
+        return await self._history.newest(1)
+
+    async def _change(self, changes: dict[str, str]) -> str:
+        """Settings for now and for the next start; why they could not be saved, or ""."""
+        self._config = with_changes(self._config, read_changes(changes))
+        await self._provider.set_config(self._config.sharing)
+        await self._history.set_config(self._config.history)
+        return self._save(changes)
+
+    def _save(self, changes: dict[str, str]) -> str:
+        try:
+            set_values(self._paths.config_file, changes)
+        except ConfigError as exc:
+            return str(exc)
+        return ""
 
     async def issue_token(self, wanted: InviteRequest) -> InviteReply:
         return await self._tokens.issue(wanted)
@@ -214,7 +283,7 @@ class Node:
         await self._provider.serve(stream)
 
     async def _serve_resume(self, stream: PeerStream) -> None:
-        await self._provider.resume(stream)
+        await self._provider.resume_unit(stream)
 
     async def _serve_capacity(self, stream: PeerStream) -> None:
         await serve_capacity(stream, self._provider.capacity_record)

@@ -26,6 +26,7 @@ _STATUS_OF_CODE = {
     12: "protocol_error",
     13: "over_limit",
     14: "submitter_lost",
+    15: "owner_stopped",
 }
 _STATUS_OF_REASON = {"oom": "out_of_memory", "timeout": "timed_out", "cpu-limit": "timed_out"}
 
@@ -64,9 +65,24 @@ class WorkerPool:
                     continue
                 await self._taken.wait()
         finally:
-            async with trio.open_nursery() as nursery:
-                while self._ready:
-                    nursery.start_soon(self._ready.popleft().finish)
+            await self.close()
+
+    async def replace(self, policy: WorkerPolicy, size: int) -> None:
+        """Warm workers under the owner's new limits from now on."""
+        if (policy, size) != (self._policy, self._size):
+            self._policy, self._size = policy, size
+            await self._end_ready()
+            self._taken.set()
+
+    async def close(self) -> None:
+        """End every warm worker now, and make no more."""
+        self._size = 0
+        await self._end_ready()
+
+    async def _end_ready(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while self._ready:
+                nursery.start_soon(self._ready.popleft().finish)
 
     async def fill(self) -> None:
         """Bring the pool to its size.  Raises SandboxError where a worker can not be started."""

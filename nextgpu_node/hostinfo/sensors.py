@@ -20,7 +20,7 @@ import psutil
 
 from nextgpu_node.core.owner import DeviceReading, ForeignUse, Reading, Rules
 from nextgpu_node.hostinfo.activity import ActivityWatch
-from nextgpu_node.hostinfo.devices import Device, busy_shares, tenants, usage
+from nextgpu_node.hostinfo.devices import Device, Usage, busy_shares, tenants, usage
 
 # A D-Bus round trip for each session: not every second.
 _IDLE_MAX_AGE_S: Final = 2.0
@@ -64,7 +64,8 @@ class HostSensors:
         return self._idle[1]
 
     def _device(self, rules: Rules, device: Device, own_pids: frozenset[int]) -> DeviceReading:
-        now = usage(device)
+        watched = rules.max_temperature_c or rules.max_power_w
+        now = usage(device) if watched else Usage(None, None, None)
         shares = self._shares(device) if rules.max_foreign_gpu else None
         return DeviceReading(
             label=device.label,
@@ -72,7 +73,7 @@ class HostSensors:
             power_w=now.power_w,
             utilisation=now.utilisation,
             foreign_utilisation=_foreign_share(device, shares, own_pids),
-            foreign=_foreign_use(device, own_pids) if rules.max_foreign_vram_bytes else None,
+            foreign=foreign_use(device, own_pids) if rules.max_foreign_vram_bytes else None,
         )
 
     def _shares(self, device: Device) -> dict[int, float] | None:
@@ -91,7 +92,7 @@ def _foreign_share(
     return min(1.0, sum(share for pid, share in shares.items() if pid not in own_pids))
 
 
-def _foreign_use(device: Device, own_pids: frozenset[int]) -> tuple[ForeignUse, ...] | None:
+def foreign_use(device: Device, own_pids: frozenset[int]) -> tuple[ForeignUse, ...] | None:
     """None where it is not known of every other program how much it holds."""
     found = tenants(device)
     if found is None:

@@ -84,6 +84,10 @@ class Worker:
         """Whether the process is known to be gone; nothing more can be sent to it then."""
         return self._slot.ended.is_set()
 
+    def ask_to_give_back(self) -> None:
+        """Tell the worker that the owner is back.  It may not hear it: `finish` follows."""
+        self._slot.tell(signal.SIGUSR1)
+
     def restart_clock(self, wall_s: float) -> None:
         """Count the wall time limit from now: a pooled worker has been idle until its unit."""
         self._slot.wall_scope.deadline = trio.current_time() + wall_s
@@ -148,6 +152,12 @@ class Launcher:
         """What the worker module runs on, such as "torch 2.13.0"; known once `run` has started."""
         assert self._runtime is not None
         return self._runtime
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """The zygote's and its workers' process ids."""
+        found = {slot.pid for slot in self._slots.values() if slot.exit is None}
+        return frozenset((found | {self.zygote_pid or 0}) - {0})
 
     @property
     def zygote_pid(self) -> int | None:

@@ -54,6 +54,9 @@ class WorkerPolicy:
     max_open_files: int = 64
     wall_s: float = 600.0
     cpu_s: int = 3600
+    # Of the time; a unit rests between its steps.
+    utilisation_percent: int = 100
+    vram_bytes: int = 0  # of the card, this process's context included; 0: no limit
     device: str = "cpu"  # or "cuda:0", "xpu:0": torch's names
     # Which of several cards: N of /dev/nvidiaN or /dev/dri/renderDN; None: whatever is there.
     device_node: int | None = None

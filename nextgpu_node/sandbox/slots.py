@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,12 @@ class Slot:
                 return
             except PermissionError:  # tier B: another user's process, its zygote's to kill
                 self.zygote.order_kill(self.spawn_id)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send a signal that the worker may handle.  Nothing where this process may not."""
+        if self.exit is None and self.pidfd is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                signal.pidfd_send_signal(self.pidfd, number)
 
     def on_spawned(self, pid: int, pidfd: int) -> None:
         self.pid = pid

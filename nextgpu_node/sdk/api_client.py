@@ -6,7 +6,7 @@ daemon itself gives up on a request after a minute.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +18,21 @@ import msgspec
 from nextgpu_node.api_types import (
     CancelReply,
     ErrorReply,
+    GpusReply,
+    HistoryReply,
+    HistoryRequest,
     InviteReply,
     InviteRequest,
     InvitesReply,
     InviteView,
+    LimitsReply,
+    LimitsRequest,
+    PauseRequest,
     PeerNeed,
     PeersReply,
     RevokeReply,
+    ServeRequest,
+    ServingReply,
     ShareRequest,
     SharingView,
     StatusReply,
@@ -107,6 +115,52 @@ class ApiClient:
     async def set_sharing(self, enabled: bool) -> SharingView:
         body = msgspec.json.encode(ShareRequest(enabled=enabled))
         return await self._call("PUT", "/v1/sharing", SharingView, body=body)
+
+    async def pause(self, seconds: int = 0) -> SharingView:
+        """Give the device back for so long; 0: until `resume`."""
+        body = msgspec.json.encode(PauseRequest(seconds=seconds))
+        return await self._call("POST", "/v1/sharing/pause", SharingView, body=body)
+
+    async def resume(self) -> SharingView:
+        return await self._call("POST", "/v1/sharing/resume", SharingView, body=b"{}")
+
+    async def drain(self) -> SharingView:
+        return await self._call("POST", "/v1/sharing/drain", SharingView, body=b"{}")
+
+    async def gpus(self) -> GpusReply:
+        return await self._call("GET", "/v1/gpus", GpusReply)
+
+    async def limits(self) -> LimitsReply:
+        return await self._call("GET", "/v1/limits", LimitsReply)
+
+    async def set_limits(self, changes: Mapping[str, str]) -> LimitsReply:
+        """Settings of [sharing], as text: all of them, or, where one is wrong, none."""
+        body = msgspec.json.encode(LimitsRequest(changes=dict(changes)))
+        return await self._call("PUT", "/v1/limits", LimitsReply, body=body)
+
+    async def serving(self) -> ServingReply:
+        return await self._call("GET", "/v1/serving", ServingReply)
+
+    async def set_serving(
+        self, peer_id: str, rule: str, terms: Mapping[str, str] | None = None
+    ) -> ServingReply:
+        """`rule` is "allow", "deny" or "none"."""
+        if not peer_id.isalnum():
+            raise UsageError(
+                "That is not a peer ID; `nextgpu peers` and `nextgpu history` show them."
+            )
+        body = msgspec.json.encode(ServeRequest(rule=rule, terms=dict(terms or {})))
+        return await self._call("PUT", f"/v1/serving/{peer_id}", ServingReply, body=body)
+
+    async def history(self, limit: int = 100) -> HistoryReply:
+        return await self._call("GET", "/v1/history", HistoryReply, query={"limit": limit})
+
+    async def clear_history(self) -> HistoryReply:
+        return await self._call("DELETE", "/v1/history", HistoryReply)
+
+    async def set_history(self, enabled: bool) -> HistoryReply:
+        body = msgspec.json.encode(HistoryRequest(enabled=enabled))
+        return await self._call("PUT", "/v1/history", HistoryReply, body=body)
 
     async def invite(self, wanted: InviteRequest) -> InviteReply:
         """A new capability token of this node."""

@@ -13,6 +13,7 @@ from nextgpu_node.errors import (
     JobTimeout,
     NextGPUError,
     OutOfMemory,
+    OwnerReturned,
     PeerLost,
     Refused,
 )
@@ -53,6 +54,7 @@ _ERROR_OF_CODE: dict[ErrorCode, type[NextGPUError]] = {
     ErrorCode.TIMED_OUT: JobTimeout,
     ErrorCode.PEER_UNREACHABLE: PeerLost,
     ErrorCode.SUBMITTER_LOST: PeerLost,
+    ErrorCode.OWNER_RETURNED: OwnerReturned,
     ErrorCode.TRUNCATED: PeerLost,
 }
 _CODE_OF_STATUS = {
@@ -83,7 +85,9 @@ def refusal_untrusted(body: bytes) -> NextGPUError:
 def status_error(status: str) -> NextGPUError:
     """The error for a receipt's status other than "done"."""
     if status == "owner_stopped":
-        return PeerLost("The owner of the peer took the device back. Run it again elsewhere.")
+        error = OwnerReturned()
+        error.code = ErrorCode.OWNER_RETURNED
+        return error
     return error_for(_CODE_OF_STATUS.get(status, ErrorCode.BAD_SEAL), "")
 
 

@@ -21,6 +21,7 @@ import torch
 from nextgpu_node.graph.machine import Machine
 from nextgpu_node.graph.tensors import TensorImageReader, encode_tensors
 from nextgpu_node.worker.channel import Channel, ChannelClosed
+from nextgpu_node.worker.preemption import Preemption
 from nextgpu_node.worker.unit import Unit, UnitLimits, WorkerExitCode
 from nextgpu_protocol.errors import RemoteProtocolError
 from nextgpu_protocol.program import (
@@ -62,16 +63,28 @@ def serve(sock: socket.socket, limits: Mapping[str, int | str]) -> int:
     """
     channel = Channel(sock)
     key_pair = KeyPair(os.urandom(32))
+    preemption = Preemption()
+    preemption.install()
     try:
         channel.send_hello(key_pair.public)
         unit_limits = UnitLimits.from_mapping(limits)
         torch.set_num_threads(unit_limits.threads)
-        return Unit(channel, key_pair, unit_limits).run()
+        limit_vram(unit_limits)
+        return Unit(channel, key_pair, unit_limits, preemption=preemption).run()
     except ChannelClosed:
         return WorkerExitCode.ABANDONED
     except RemoteProtocolError:
         # Before the seal exists there is nobody who could be told why.
         return WorkerExitCode.PROTOCOL_ERROR
+
+
+def limit_vram(limits: UnitLimits) -> None:
+    """No more of the card than its owner gives, whatever the unit's program asks for."""
+    kind = limits.device.partition(":")[0]
+    if limits.vram_bytes and kind == "cuda":
+        total = torch.cuda.get_device_properties(limits.device).total_memory
+        fraction = min(1.0, limits.vram_bytes / total)
+        torch.cuda.set_per_process_memory_fraction(fraction, limits.device)
 
 
 def _warm_up() -> None:

@@ -31,6 +31,7 @@ from nextgpu_node.graph.values import encode_with_tensors
 from nextgpu_node.worker import main as program_worker
 from nextgpu_node.worker.channel import Channel, ChannelClosed
 from nextgpu_node.worker.outbox import Outbox
+from nextgpu_node.worker.preemption import Preemption
 from nextgpu_node.worker.unit import Unit, UnitLimits, WorkerExitCode
 from nextgpu_node.worker.versions import python_runtime
 from nextgpu_protocol.codec import decode_message_untrusted
@@ -64,11 +65,14 @@ def serve(sock: socket.socket, limits: Mapping[str, int | str]) -> int:
     """`worker.main.serve`, for calls."""
     channel = Channel(sock)
     key_pair = KeyPair(os.urandom(32))
+    preemption = Preemption()
+    preemption.install()
     try:
         channel.send_hello(key_pair.public)
         unit_limits = UnitLimits.from_mapping(limits)
         torch.set_num_threads(unit_limits.threads)
-        return Unit(channel, key_pair, unit_limits, Calls).run()
+        program_worker.limit_vram(unit_limits)
+        return Unit(channel, key_pair, unit_limits, Calls, preemption).run()
     except ChannelClosed:
         return WorkerExitCode.ABANDONED
     except RemoteProtocolError:
@@ -121,6 +125,10 @@ class Calls:
         if self._unflushed and (idle or self._outbox.flush_is_due):
             self._outbox.flush()
             self._unflushed = False
+
+    def save(self) -> None:
+        """A call has no state that could be kept: those that were answered are sent."""
+        self._outbox.flush()
 
     def finish(self) -> UnitSummary:
         if self._continued or self._awaited is not RecordKind.CALL:

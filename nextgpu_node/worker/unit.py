@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,6 +22,7 @@ from nextgpu_node.graph.machine import Machine
 from nextgpu_node.graph.tensors import TensorImageReader, encode_tensors
 from nextgpu_node.worker.channel import Channel
 from nextgpu_node.worker.outbox import Outbox
+from nextgpu_node.worker.preemption import OwnerIsBack, Preemption
 from nextgpu_protocol.codec import decode_message_untrusted
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
@@ -39,6 +41,9 @@ from nextgpu_protocol.records import (
 )
 from nextgpu_protocol.sealing import KeyPair, Opener, StreamKeys, transcript_hash
 
+# Below this a sleep costs more than it gives.
+_LEAST_REST_S = 0.0005
+
 
 class WorkerExitCode(IntEnum):
     """All that the daemon is told of a unit's end."""
@@ -49,6 +54,7 @@ class WorkerExitCode(IntEnum):
     PROTOCOL_ERROR = 12
     OVER_LIMIT = 13
     ABANDONED = 14
+    OWNER_RETURNED = 15
 
 
 _EXIT_CODES = {
@@ -69,6 +75,8 @@ class UnitLimits:
     device: str
     threads: int
     live_bytes: int
+    utilisation: float = 1.0  # share of the time that a unit computes
+    vram_bytes: int = 0  # 0: no limit
 
     @classmethod
     def from_mapping(cls, limits: Mapping[str, int | str]) -> UnitLimits:
@@ -76,6 +84,8 @@ class UnitLimits:
             device=str(limits["device"]),
             threads=int(limits["max_threads"]),
             live_bytes=int(limits["memory_bytes"]),
+            utilisation=int(limits.get("utilisation_percent", 100)) / 100,
+            vram_bytes=int(limits.get("vram_bytes", 0)),
         )
 
 
@@ -90,6 +100,8 @@ class RecordReader(Protocol):
 
     def finish(self) -> UnitSummary: ...
 
+    def save(self) -> None: ...
+
 
 class Unit:
     """Reads the sealed input, drives the machine, seals what comes out."""
@@ -100,12 +112,14 @@ class Unit:
         key_pair: KeyPair,
         limits: UnitLimits,
         make_reader: Callable[[Outbox, UnitLimits], RecordReader] | None = None,
+        preemption: Preemption | None = None,
     ) -> None:
         """`make_reader`: what to do with the records; without it, a program's Scan."""
         self._channel = channel
         self._key_pair = key_pair
         self._limits = limits
         self._make_reader = make_reader or Scan
+        self._preemption = preemption or Preemption()
 
     def run(self) -> int:
         """The exit code for the daemon.  Raises ChannelClosed when nobody listens any more."""
@@ -115,6 +129,10 @@ class Unit:
         try:
             self._read_input(Opener(keys.inbound), scan)
             outbox.finish(scan.finish())
+        except OwnerIsBack:
+            scan.save()
+            outbox.fail(RemoteProtocolError(ErrorCode.OWNER_RETURNED))
+            return WorkerExitCode.OWNER_RETURNED
         except RemoteProtocolError as exc:
             outbox.fail(exc)
             return _EXIT_CODES.get(exc.code, WorkerExitCode.PROTOCOL_ERROR)
@@ -138,18 +156,28 @@ class Unit:
         if header.message.offer_hash != offer.hash:
             raise RemoteProtocolError(ErrorCode.WRONG_OFFER, "offer_hash")
 
+    def _rest(self, worked_s: float, scan: RecordReader) -> None:
+        """Leave the device alone for the share of the time that the owner keeps."""
+        rest_s = worked_s * (1 / self._limits.utilisation - 1)
+        if rest_s > _LEAST_REST_S:
+            scan.flush_results(idle=True)
+            self._preemption.wait(partial(time.sleep, rest_s))
+
     def _read_input(self, opener: Opener, scan: RecordReader) -> None:
         while not scan.stopped:
-            kind, body = self._channel.receive_untrusted()
+            kind, body = self._preemption.wait(self._channel.receive_untrusted)
             if kind is FrameKind.END:
                 opener.check_end_untrusted()
                 return
             if kind is not FrameKind.DATA:
                 raise RemoteProtocolError(ErrorCode.UNEXPECTED_MESSAGE, kind.name)
             for record in read_records_untrusted(opener.open_untrusted(body)):
+                began_s = time.monotonic()
                 scan.take_untrusted(record)
+                self._rest(time.monotonic() - began_s, scan)
                 if scan.stopped:
                     return
+                self._preemption.check()
             scan.flush_results(idle=not self._channel.has_ready)
 
 
@@ -212,6 +240,16 @@ class Scan:
             run_ms=round(self._run_s * 1000),
             stopped_early=self.stopped,
         )
+
+    def save(self) -> None:
+        """The owner is back: the state after the last step, for another machine to go on from."""
+        if (
+            self._machine is not None
+            and RecordKind.STEP in self._awaited
+            and self._machine.spec.carry
+        ):
+            self._send_checkpoint()
+        self._outbox.flush()
 
     def _collect(self, record: Record, limit: int) -> None:
         if len(self._body) + len(record.body) > limit:

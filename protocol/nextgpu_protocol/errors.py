@@ -52,6 +52,7 @@ class ErrorCode(IntEnum):
     CANCELLED = 46
     STEP_FAILED = 47
     SUBMITTER_LOST = 48
+    OWNER_RETURNED = 49
     PEER_UNREACHABLE = 60
     INTERNAL = 99
 
@@ -97,6 +98,7 @@ SENTENCES: dict[ErrorCode, str] = {
     ErrorCode.CANCELLED: "The unit was cancelled.",
     ErrorCode.STEP_FAILED: "An operator failed while the program ran.",
     ErrorCode.SUBMITTER_LOST: "The submitter went away before the unit was complete.",
+    ErrorCode.OWNER_RETURNED: "The owner of the device took it back.",
     ErrorCode.PEER_UNREACHABLE: "The peer can not be reached.",
     ErrorCode.INTERNAL: "The node met an error of its own.",
 }

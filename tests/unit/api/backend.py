@@ -6,23 +6,51 @@ import msgspec
 
 from nextgpu_node.api_types import (
     DeviceView,
+    GpusReply,
+    HistoryReply,
     InviteReply,
     InviteRequest,
     InvitesReply,
     InviteView,
+    LimitsReply,
+    PastUnitView,
     PeerNeed,
     PeersReply,
     PeerView,
     RevokeReply,
+    ServedPeerView,
+    ServingReply,
     SharingView,
     StatusReply,
     UnitsReply,
     UnitView,
 )
+from nextgpu_node.config import Config, SharingConfig, read_changes, with_changes
 from nextgpu_node.errors import NextGPUError, NoPeerFound
+from nextgpu_node.hostinfo.devices import Usage, list_devices
+from nextgpu_node.hostinfo.views import as_gpu
+from nextgpu_node.sharing_settings import limit_views, serving_changes
 
 GIB = 1024**3
 UNIT_ID = "0123456789abcdef0123456789abcdef"
+
+
+PAST = PastUnitView(
+    unit_id=UNIT_ID,
+    peer="12D3KooWSubmitter",
+    peer_is_hash=False,
+    kind="program",
+    device="Test CPU",
+    started_at_ms=1_700_000_000_000,
+    wall_ms=1500,
+    cpu_ms=900,
+    input_bytes=2048,
+    output_bytes=1024,
+    peak_memory_bytes=GIB,
+    status="done",
+    wiped=True,
+    receipt_sha256="ab" * 32,
+)
 
 
 class MemoryBackend:
@@ -32,6 +60,11 @@ class MemoryBackend:
         self.failure: Exception | None = None
         self.needs: list[PeerNeed] = []
         self.sharing = False
+        self.pauses: list[int] = []
+        self.config = SharingConfig()
+        self.saves, self.note = True, ""
+        self.records = True
+        self.past = [PAST]
         self.invites: list[InviteView] = []
         self.unit_ids = {UNIT_ID}
         self.device = DeviceView(
@@ -87,6 +120,62 @@ class MemoryBackend:
         self.sharing = enabled
         return self._sharing()
 
+    def pause(self, seconds: int) -> SharingView:
+        self._maybe_fail()
+        self.pauses.append(seconds)
+        return self._sharing()
+
+    def resume(self) -> SharingView:
+        self._maybe_fail()
+        self.pauses.append(-1)
+        return self._sharing()
+
+    def drain(self) -> SharingView:
+        self._maybe_fail()
+        return msgspec.structs.replace(self._sharing(), active=False, state="draining")
+
+    async def gpus(self) -> GpusReply:
+        self._maybe_fail()
+        return GpusReply(gpus=[as_gpu(list_devices()[-1], Usage(0.5, 61.0, None), ())])
+
+    def limits(self) -> LimitsReply:
+        self._maybe_fail()
+        return LimitsReply(limits=limit_views(self.config))
+
+    async def set_limits(self, changes: dict[str, str]) -> LimitsReply:
+        self._maybe_fail()
+        checked = read_changes({f"sharing.{key}": text for key, text in changes.items()})
+        self.config = with_changes(Config(sharing=self.config), checked).sharing
+        return LimitsReply(limits=limit_views(self.config), saved=self.saves, note=self.note)
+
+    def serving(self) -> ServingReply:
+        self._maybe_fail()
+        rules = dict.fromkeys(self.config.allow, "allow") | dict.fromkeys(self.config.deny, "deny")
+        peers = [
+            ServedPeerView(peer_id=peer, rule=rule, terms={}, used_s=61)
+            for peer, rule in rules.items()
+        ]
+        return ServingReply(serve=self.config.serve, peers=peers)
+
+    async def set_serving(self, peer_id: str, rule: str, terms: dict[str, str]) -> ServingReply:
+        self._maybe_fail()
+        changes = serving_changes(self.config, peer_id, rule, terms)
+        self.config = with_changes(Config(sharing=self.config), read_changes(changes)).sharing
+        return msgspec.structs.replace(self.serving(), saved=self.saves, note=self.note)
+
+    async def history(self, limit: int) -> HistoryReply:
+        self._maybe_fail()
+        units = self.past[:limit] if self.records else []
+        return HistoryReply(enabled=self.records, keep_days=7, units=units)
+
+    async def clear_history(self) -> HistoryReply:
+        self.past.clear()
+        return await self.history(1)
+
+    async def set_history(self, enabled: bool) -> HistoryReply:
+        self.records = enabled
+        return await self.history(1)
+
     async def issue_token(self, wanted: InviteRequest) -> InviteReply:
         self._maybe_fail()
         invite = InviteView(
@@ -116,7 +205,12 @@ class MemoryBackend:
     def _sharing(self) -> SharingView:
         reason = "" if self.sharing else "the owner has not switched it on"
         return SharingView(
-            enabled=self.sharing, active=self.sharing, reason=reason, slots=1, free_slots=1
+            enabled=self.sharing,
+            active=self.sharing,
+            reason=reason,
+            slots=1,
+            free_slots=1,
+            state="lending" if self.sharing else "off",
         )
 
     def _peer(self) -> PeerView:

@@ -11,6 +11,7 @@ import trio.testing
 
 from nextgpu_node.api import server
 from nextgpu_node.errors import IntegrityError, NoPeerFound, Refused
+from nextgpu_protocol.ids import peer_id_from_public_key
 from tests.unit.api.backend import UNIT_ID, MemoryBackend
 
 JSON = {"content-type": "application/json"}
@@ -26,6 +27,65 @@ async def test_every_path_answers(http: httpx.AsyncClient, backend: MemoryBacken
     assert sharing["schema"] == 1
     assert sharing["active"] is True
     assert backend.sharing is True
+
+
+async def test_the_owners_word_reaches_the_backend(
+    http: httpx.AsyncClient, backend: MemoryBackend
+) -> None:
+    assert (await http.post("/v1/sharing/pause", json={"seconds": 3600})).status_code == 200
+    assert (await http.post("/v1/sharing/pause", json={})).status_code == 200
+    assert (await http.post("/v1/sharing/resume", json={})).status_code == 200
+    assert (await http.post("/v1/sharing/drain", json={})).json()["state"] == "draining"
+    assert backend.pauses == [3600, 0, -1]
+    limits = (await http.put("/v1/limits", json={"changes": {"max_temperature": "80C"}})).json()
+    assert {"key": "max_temperature", "value": "80"} in [
+        {"key": one["key"], "value": one["value"]} for one in limits["limits"]
+    ]
+    assert (await http.get("/v1/limits")).json()["limits"] == limits["limits"]
+    peer = peer_id_from_public_key(bytes(range(32)))
+    denied = (await http.put(f"/v1/serving/{peer}", json={"rule": "deny"})).json()
+    assert denied["peers"] == [{"peer_id": peer, "rule": "deny", "terms": {}, "used_s": 61}]
+    assert (await http.get("/v1/gpus")).json()["gpus"][0]["temperature_c"] == 61.0
+    assert len((await http.get("/v1/history?limit=5")).json()["units"]) == 1
+    assert (await http.put("/v1/history", json={"enabled": False})).json()["enabled"] is False
+    assert (await http.delete("/v1/history")).json()["units"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/sharing/pause", {"seconds": -1}),
+        ("POST", "/v1/sharing/pause", {"seconds": 10**12}),
+        ("POST", "/v1/sharing/pause", {"hours": 1}),
+        ("POST", "/v1/sharing/resume", {"x": 1}),
+        ("PUT", "/v1/limits", {"changes": {"max_temperature": "hot"}}),
+        ("PUT", "/v1/limits", {"changes": {"max_temp": "80"}}),
+        ("PUT", "/v1/limits", {"changes": {"hours": "25:00-26:00"}}),
+        ("PUT", "/v1/serving/12D3KooWNobody", {"rule": "deny"}),
+        (
+            "PUT",
+            f"/v1/serving/{peer_id_from_public_key(bytes(range(32)))}",
+            {"rule": "allow", "terms": {"units": "0"}},
+        ),
+        ("PUT", "/v1/serving/x", {"rule": "perhaps"}),
+        ("PUT", "/v1/history", {"enabled": "no"}),
+    ],
+)
+async def test_a_word_that_can_not_hold_changes_nothing(
+    http: httpx.AsyncClient, backend: MemoryBackend, method: str, path: str, body: object
+) -> None:
+    before = (backend.config, backend.records)
+    reply = await http.request(method, path, json=body)
+    assert (reply.status_code, reply.json()["exit_code"]) == (400, 2)
+    assert (backend.config, backend.records, backend.pauses) == (*before, [])
+
+
+async def test_a_page_elsewhere_can_not_resume(
+    http: httpx.AsyncClient, backend: MemoryBackend
+) -> None:
+    for path in ("resume", "drain", "pause"):
+        assert (await http.post(f"/v1/sharing/{path}", content=b"{}")).status_code == 415
+    assert backend.pauses == []
 
 
 async def test_the_query_reaches_the_backend(

@@ -110,7 +110,7 @@ def test_an_unknown_key_is_refused_by_file_and_key_with_the_nearest(
         ("sharing.max_memory = '1 KiB'", "found the text '1 KiB'"),
         ("sharing.max_memory = true", "found true"),
         ("sharing.max_memory = '-4 GiB'", "found the text '-4 GiB'"),
-        ("sharing.device = 'gpu'", '"auto", "all", "cpu" or "cuda:N"'),
+        ("sharing.device = 'gpu'", '"auto", "cpu" or "cuda:N"'),
         ("sharing.minimum_isolation = 'none'", 'one of "A", "B", "C"'),
         ("sharing.allow = '12D3'", "a list of peer IDs"),
         ("sharing.allow = ['12D3']", "found the text '12D3'"),

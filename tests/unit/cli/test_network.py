@@ -63,10 +63,10 @@ async def test_a_cpu_is_called_one(cli: Cli, backend: MemoryBackend) -> None:
 
 
 async def test_sharing_is_switched_and_said(cli: Cli, backend: MemoryBackend) -> None:
-    assert (await cli.beside("share", "on")).out == "Sharing is on.\n"
+    assert (await cli.beside("share", "on")).out == "Sharing is on, 1 of 1 slots free.\n"
     assert backend.sharing is True
     done = await cli.beside("share", "off")
-    assert done.out == "Sharing is off: the owner has not switched it on.\n"
+    assert done.out == "Sharing is off.\n"
     assert backend.sharing is False
 
 

@@ -179,3 +179,39 @@ def test_one_peer_can_not_fill_the_memory_of_requests_with_keys_of_its_own(
     other = peer_id_from_public_key(bytes(STRANGER.verify_key))
     (effect,) = handle(lending, core.UnitRequested(S + 99, request(STRANGER), other))
     assert isinstance(effect, core.SpawnWorker)
+
+
+# --- the owner is back ----------------------------------------------------------------------------
+
+
+def test_a_running_unit_may_save_its_state_and_then_ends(lending: Lending) -> None:
+    running(lending)
+    assert handle(lending, core.OwnerReturned(S)) == [core.AskToGiveBack()]
+    assert lending.state_of(S) is UnitState.RUNNING
+    assert handle(lending, core.OutputEnded(S)) == [core.AwaitExit()]
+    assert handle(lending, core.WorkerEnded(S, "owner_stopped")) == [core.WipeWorker()]
+    assert handle(lending, core.Wiped(S)) == [core.SendReceipt("owner_stopped")]
+
+
+def test_one_that_does_not_is_stopped(lending: Lending) -> None:
+    running(lending)
+    handle(lending, core.OwnerReturned(S))
+    late = core.UnitStopped(S, "owner_stopped", ErrorCode.OWNER_RETURNED)
+    assert handle(lending, late) == [core.WipeWorker()]
+    assert handle(lending, core.Wiped(S)) == [core.SendReceipt("owner_stopped")]
+
+
+def test_a_unit_that_has_not_begun_is_dropped(lending: Lending) -> None:
+    offered(lending)
+    lending.policy = replace(POLICY, sharing=False, reason="paused by its owner")
+    assert handle(lending, core.OwnerReturned(S)) == [
+        core.Discard(ErrorCode.NOT_SHARING, "paused by its owner")
+    ]
+
+
+def test_a_unit_that_is_ending_ends_as_it_would(lending: Lending) -> None:
+    assert handle(lending, core.OwnerReturned(S)) == []
+    running(lending)
+    handle(lending, core.OutputEnded(S))
+    assert handle(lending, core.OwnerReturned(S)) == []
+    assert handle(lending, core.WorkerEnded(S, "done")) == [core.WipeWorker()]

@@ -98,7 +98,7 @@ def test_who_else_uses_a_card_is_told_by_name_and_size(
     card = Card(computing=[(7, 3 * GIB), (os.getpid(), GIB)], drawing=[(NOBODY, GIB // 4)])
     install(card)
     (device, _cpu) = list_devices(max_age_s=0)
-    rules = Rules(max_foreign_vram_bytes=1)
+    rules = Rules(max_foreign_vram_bytes=1, max_power_w=300)
     (reading,) = HostSensors(tmp_path).read(rules, [device], frozenset({7})).devices
     assert set(reading.foreign or ()) == {
         ForeignUse(own, GIB),

@@ -1,0 +1,76 @@
+"""`nextgpu share`: the owner's word on whether this machine lends now."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Annotated
+
+import msgspec
+from cyclopts import Parameter
+
+from nextgpu_node.api_types import SharingView
+from nextgpu_node.cli.context import Context, Ctx
+from nextgpu_node.cli.sizes import duration_s
+from nextgpu_node.sdk.api_client import ApiClient
+
+
+async def on(*, ctx: Ctx) -> int:
+    """Lend from now on, also after a restart."""
+    return await _say(ctx, lambda api: api.set_sharing(True))
+
+
+async def off(*, ctx: Ctx) -> int:
+    """Lend no more, also after a restart; running units save their state and end."""
+    return await _say(ctx, lambda api: api.set_sharing(False))
+
+
+async def pause(
+    time: Annotated[str, Parameter(help='For how long: "1h", "30m"; else until `resume`.')] = "",
+    /,
+    *,
+    ctx: Ctx,
+) -> int:
+    """Give the device back at once, for a time or until `resume`; also over a restart."""
+    seconds = duration_s("pause", time) if time else 0
+    return await _say(ctx, lambda api: api.pause(seconds))
+
+
+async def resume(*, ctx: Ctx) -> int:
+    """End a pause, or a drain."""
+    return await _say(ctx, lambda api: api.resume())
+
+
+async def drain(*, ctx: Ctx) -> int:
+    """Take no new units; those that run go on to their end."""
+    return await _say(ctx, lambda api: api.drain())
+
+
+async def _say(ctx: Context, word: Callable[[ApiClient], Awaitable[SharingView]]) -> int:
+    async with ApiClient(ctx.paths.api_socket) as api:
+        sharing = await word(api)
+    if ctx.out.json:
+        ctx.out.print_json(sharing=msgspec.to_builtins(sharing))
+    else:
+        ctx.out.say(f"Sharing is {describe(sharing)}.")
+    return 0
+
+
+def describe(sharing: SharingView) -> str:
+    """The state in one line, with its reason."""
+    match sharing.state:
+        case "lending":
+            return f"on, {sharing.free_slots} of {sharing.slots} slots free"
+        case "starting":
+            return "on: starting"
+        case "off":
+            return "off"
+        case state:
+            return f"{state}: {sharing.reason}{_until(sharing)}"
+
+
+def _until(sharing: SharingView) -> str:
+    """A pause of the owner's says it itself."""
+    if not sharing.until_ms or sharing.cause == "owner":
+        return ""
+    return f", opens {datetime.fromtimestamp(sharing.until_ms / 1000).astimezone():%a %H:%M}"
