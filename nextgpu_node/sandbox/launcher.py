@@ -98,13 +98,20 @@ class Worker:
 
 
 class _WorkerStream(trio.abc.Stream):
-    """The worker's socket; bytes that came behind HELLO are given out first."""
+    """The worker's socket; bytes that came behind HELLO are given out first.
 
-    def __init__(self, stream: trio.SocketStream, pending: bytes) -> None:
+    It gets no byte before it is in its cgroup: in v1 that may take longer than its birth.
+    """
+
+    def __init__(self, stream: trio.SocketStream, pending: bytes, slot: Slot) -> None:
         self._stream = stream
         self._pending = pending
+        self._slot = slot
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._slot.wait_joined()
+        if self._slot.refusal is not None:
+            raise trio.BrokenResourceError(self._slot.refusal)
         await self._stream.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -261,15 +268,11 @@ class Launcher:
             for fd in fds:
                 os.close(fd)
         await slot.answered.wait()
-        if slot.refusal is None and slot.exit is None and slot.group and self._nursery:
-            self._nursery.start_soon(self._join_group, slot, slot.group)
-        else:
-            slot.in_group.set()
-        self._raise_refusal(slot)
-
-    def _raise_refusal(self, slot: Slot) -> None:
         if slot.refusal is not None:
             raise SandboxError(f"The worker could not be confined: {slot.refusal}.")
+        if slot.exit is None and slot.group and self._nursery:
+            slot.joined = trio.Event()
+            self._nursery.start_soon(self._join_group, slot, slot.group)
 
     async def _greet(self, slot: Slot) -> Worker:
         stream = slot.stream
@@ -277,7 +280,6 @@ class Launcher:
         try:
             with trio.fail_after(_HELLO_DEADLINE_S):
                 kind, body, rest = await _read_frame(stream)
-                await slot.in_group.wait()
         except trio.TooSlowError as exc:
             raise SandboxError("The worker did not say hello in time.") from exc
         except (trio.BrokenResourceError, RemoteProtocolError, EOFError) as exc:
@@ -287,18 +289,21 @@ class Launcher:
             raise SandboxError(f"The worker could not be confined: {sentence}.")
         if kind is not FrameKind.HELLO or len(body) != KEY_BYTES:
             raise SandboxError("The worker's first frame was no hello.")
-        self._raise_refusal(slot)
         _step_back(slot.pid)
-        return Worker(self, slot, _WorkerStream(stream, rest), body)
+        return Worker(self, slot, _WorkerStream(stream, rest, slot), body)
 
     async def _join_group(self, slot: Slot, group: cgroups.Group) -> None:
         """At the same time as the worker starts: the kernel makes us wait, milliseconds, in v1."""
+        assert slot.joined is not None
         try:
             await group.adopt(slot.pid)
         except OSError as exc:
             slot.refusal = f"cgroup: {exc.strerror}"
+            if not slot.ended.is_set():
+                log.error("cgroup.not_joined", worker_pid=slot.pid, reason=exc.strerror)
+                slot.kill("killed")
         finally:
-            slot.in_group.set()
+            slot.joined.set()
 
     async def _enforce_wall_limit(self, slot: Slot) -> None:
         with slot.wall_scope:
@@ -330,6 +335,7 @@ class Launcher:
                 while not wipe.is_gone(slot.pidfd):  # noqa: ASYNC110
                     await trio.sleep(0.005)
                 reaped = True
+            await slot.wait_joined()
             remains = await self._remove_remains(slot)
         return await trio.to_thread.run_sync(wipe.look, slot.pid, reaped, remains, no_swap)
 

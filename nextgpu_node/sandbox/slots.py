@@ -54,9 +54,14 @@ class Slot:
         self.report: WipeReport | None = None
         self.wiping = trio.Lock()
         self.answered = trio.Event()
-        self.in_group = trio.Event()
+        self.joined: trio.Event | None = None  # there while its group is, or has been, entered
         self.ended = trio.Event()
         self.stream: trio.SocketStream | None = None
+
+    async def wait_joined(self) -> None:
+        """Until it is in its group, where it has to be moved there, or could not be."""
+        if self.joined is not None:
+            await self.joined.wait()
 
     async def wait_exit(self) -> WorkerExit:
         await self.ended.wait()

@@ -12,14 +12,21 @@ its control socket is a connection that systemd has accepted, and it ends with i
 
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__":
+    # Before any module that registers one is imported.  They renew locks, which no other
+    # thread holds here, and random generators, which `_reseed` does: a sixth of a worker's birth.
+    os.register_at_fork = lambda **hooks: None
+
 import argparse
 import ctypes
 import dataclasses
 import errno
 import gc
 import importlib
-import os
 import platform
+import random
 import resource
 import select
 import signal
@@ -168,7 +175,7 @@ class Zygote:
             self._kill(head["kill"])
             return True
         try:
-            self._spawn(head, _decoded_plan(tail), fds)
+            self._spawn(head, *_decoded_plan(tail), fds)
         except OSError as exc:
             _tell(self._channel, {"refused": head["spawn"], "error": _why_no_fork(exc)})
         finally:
@@ -181,7 +188,9 @@ class Zygote:
             if child.spawn_id == spawn_id:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
-    def _spawn(self, head: control.Head, plan: Plan, fds: Sequence[int]) -> None:
+    def _spawn(
+        self, head: control.Head, plan: Plan, program: bytes | None, fds: Sequence[int]
+    ) -> None:
         socket_fd, *cgroup_fds = fds
         into_cgroup = cgroup_fds[0] if cgroup_fds else None
         started = time.monotonic()
@@ -189,12 +198,14 @@ class Zygote:
         if pid == 0:
             if head.get("probe"):
                 self._module = importlib.import_module(PROBE_MODULE)
-            self._become_worker(plan, head["spare_uid"], socket_fd)
+            self._become_worker(plan, program, head["spare_uid"], socket_fd)
         self._children[pidfd] = _Child(head["spawn"], pid, started)
         self._poll.register(pidfd, select.POLLIN)
         _tell(self._channel, {"spawned": head["spawn"], "pid": pid}, [pidfd])
 
-    def _become_worker(self, plan: Plan, spare_uid: int, socket_fd: int) -> NoReturn:
+    def _become_worker(
+        self, plan: Plan, program: bytes | None, spare_uid: int, socket_fd: int
+    ) -> NoReturn:
         """In the child: confine, serve one unit, end.  Never returns into the zygote's loop."""
         code = _EXIT_RAISED
         try:
@@ -203,6 +214,7 @@ class Zygote:
             code = _run_worker(
                 self._module,
                 plan,
+                program,
                 spare_uid=spare_uid,
                 socket_fd=socket_fd,
                 launcher_pidfd=self._own_pidfd,
@@ -228,17 +240,17 @@ class Zygote:
 
 
 @lru_cache(maxsize=8)
-def _decoded_plan(data: bytes) -> Plan:
+def _decoded_plan(data: bytes) -> tuple[Plan, bytes | None]:
+    """The plan, and its filter, assembled before the fork where the worker's id is known."""
     plan = decode_plan(data)
-    if plan.seccomp and "pid" in plan.namespaces:
-        # Assembled before the fork, so that each child finds it done.
-        seccomp.assemble(plan.seccomp, self_pid=1)
-    return plan
+    known = plan.seccomp and "pid" in plan.namespaces
+    return plan, seccomp.assemble(plan.seccomp, self_pid=1) if known else None
 
 
 def _run_worker(
     module: ModuleType,
     plan: Plan,
+    program: bytes | None,
     *,
     spare_uid: int,
     socket_fd: int,
@@ -250,6 +262,7 @@ def _run_worker(
             spare_uid=spare_uid,
             socket_fd=socket_fd,
             launcher_pidfd=launcher_pidfd,
+            program=program,
         )
     except ConfineError as exc:
         _report(socket_fd, exc)
@@ -262,6 +275,7 @@ def _run_worker(
 
 
 def _reseed(module: ModuleType) -> None:
+    random.seed(os.urandom(32))
     reseed = getattr(module, "reseed", None)
     if reseed is not None:
         reseed()

@@ -22,13 +22,21 @@ pytestmark = pytest.mark.sandbox
 _SCAN = """
 import json, sys
 from pathlib import Path
-from tests.e2e.test_privacy import count_in_memory
+from nextgpu_node.privacy.marks import Found
+from nextgpu_node.privacy.places import search_memory
 worker, *others = map(int, sys.argv[1:])
 secret = Path(f"/proc/{worker}/root/tmp/secret").read_bytes()
-print(json.dumps([count_in_memory(pid, secret) for pid in (worker, *others)]))
+class Secret:
+    def search(self, data):
+        return Found(data.count(secret))
+def counts(*pids):
+    looks = [search_memory("", pid, Secret()) for pid in pids]
+    assert not any(look.unsearched for look in looks), looks
+    return json.dumps([look.found.count for look in looks])
+print(counts(worker, *others))
 sys.stdout.flush()
 sys.stdin.readline()
-print(json.dumps([count_in_memory(pid, secret) for pid in others]))
+print(counts(*others))
 """
 
 

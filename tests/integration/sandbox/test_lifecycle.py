@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # ruff: noqa: PTH208, ASYNC110, ASYNC220, ASYNC240  short looks at /proc, nothing else runs
 import dataclasses
+import errno
 import os
 import platform
 import signal
@@ -17,7 +18,7 @@ import pytest
 import trio
 
 from nextgpu_node.errors import SandboxError
-from nextgpu_node.sandbox import wipe
+from nextgpu_node.sandbox import cgroups, wipe
 from nextgpu_node.sandbox.launcher import Launcher
 from nextgpu_node.sandbox.layout import read_layout
 from nextgpu_node.sandbox.policy import MIB, Tier, plan_worker
@@ -291,6 +292,30 @@ async def test_memory_beyond_the_cgroup_is_an_oom(tmp_path: Path) -> None:
         await order(worker, "touch_memory", {})
         with trio.fail_after(20):
             assert (await worker.wait()).reason == "oom"
+        assert (await worker.finish()).complete
+
+
+async def test_a_worker_that_can_not_join_its_cgroup_gets_no_byte_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = trio.Event()
+
+    async def refuse(group: cgroups.Group, pid: int) -> None:
+        await asked.wait()
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr(cgroups.Group, "adopt", refuse)
+    async with running_launcher(tmp_path) as launcher:
+        if launcher._hierarchy is None:
+            pytest.skip("no cgroup may be made here")
+        worker = await launcher.spawn(SMALL)
+        with trio.move_on_after(0.05) as waiting:
+            await worker.stream.send_all(encode_frame(FrameKind.DATA, b"abc"))
+        assert waiting.cancelled_caught
+        asked.set()
+        with trio.fail_after(10), pytest.raises(trio.BrokenResourceError, match="busy"):
+            await worker.stream.send_all(encode_frame(FrameKind.DATA, b"abc"))
+        assert (await worker.wait()).reason == "killed"
         assert (await worker.finish()).complete
 
 
