@@ -40,6 +40,7 @@ class SharingView(msgspec.Struct, frozen=True, kw_only=True):
     state: str = "off"
     cause: str = ""
     until_ms: int = 0
+    note: str = ""  # why what was said holds for this run only, where it does
 
 
 class StatusReply(msgspec.Struct, frozen=True, kw_only=True):

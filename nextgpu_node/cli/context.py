@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,18 @@ class Context:
     ) -> Context:
         """Raises ConfigError where the home directory can not hold a socket."""
         paths = find_paths(environ, home=home)
+        if home is None and not environ.get("NEXTGPU_HOME"):
+            paths = _of_running_service(paths)
         if config_file is not None:
             paths = dataclasses.replace(paths, config_file=config_file.expanduser().absolute())
         return cls(paths, home, config_file, environ, out)
+
+
+def _of_running_service(paths: Paths) -> Paths:
+    """Root's own node is the machine's service, where that runs and no other of root's does."""
+    service = Paths.of_system_service()
+    runs = os.geteuid() == 0 and service.api_socket.exists() and not paths.api_socket.exists()
+    return service if runs else paths
 
 
 # A parameter of a command that the command line never fills.

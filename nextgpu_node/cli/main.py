@@ -74,6 +74,14 @@ _GROUPS: Final = {
             ("set", "limits:set_", "Change limits; they hold at once."),
         ),
     ),
+    "service": (
+        "The node as a systemd service.",
+        (
+            ("install", "service:install", "Start it with the machine, or with this user."),
+            ("uninstall", "service:uninstall", "Stop and remove it; --purge leaves nothing."),
+            ("status", "service:status", "Whether it is installed and runs."),
+        ),
+    ),
     "identity": (
         "The key that this node is known by.",
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Annotated
 
@@ -12,17 +13,19 @@ from cyclopts import Parameter
 from nextgpu_node.api_types import SharingView
 from nextgpu_node.cli.context import Context, Ctx
 from nextgpu_node.cli.sizes import duration_s
+from nextgpu_node.config import set_value
+from nextgpu_node.errors import ConfigError
 from nextgpu_node.sdk.api_client import ApiClient
 
 
 async def on(*, ctx: Ctx) -> int:
     """Lend from now on, also after a restart."""
-    return await _say(ctx, lambda api: api.set_sharing(True))
+    return await _switch(ctx, enabled=True)
 
 
 async def off(*, ctx: Ctx) -> int:
     """Lend no more, also after a restart; running units save their state and end."""
-    return await _say(ctx, lambda api: api.set_sharing(False))
+    return await _switch(ctx, enabled=False)
 
 
 async def pause(
@@ -46,13 +49,29 @@ async def drain(*, ctx: Ctx) -> int:
     return await _say(ctx, lambda api: api.drain())
 
 
+async def _switch(ctx: Context, *, enabled: bool) -> int:
+    async with ApiClient(ctx.paths.api_socket) as api:
+        sharing = await api.set_sharing(enabled)
+    if sharing.note:
+        # A service may not write its settings file; who may call its socket perhaps can.
+        with suppress(ConfigError):
+            set_value(ctx.paths.config_file, "sharing.enabled", str(enabled).lower())
+            sharing = msgspec.structs.replace(sharing, note="")
+    return _print(ctx, sharing)
+
+
 async def _say(ctx: Context, word: Callable[[ApiClient], Awaitable[SharingView]]) -> int:
     async with ApiClient(ctx.paths.api_socket) as api:
-        sharing = await word(api)
+        return _print(ctx, await word(api))
+
+
+def _print(ctx: Context, sharing: SharingView) -> int:
     if ctx.out.json:
         ctx.out.print_json(sharing=msgspec.to_builtins(sharing))
     else:
         ctx.out.say(f"Sharing is {describe(sharing)}.")
+        if sharing.note:
+            ctx.out.note(f"Until this node ends: {sharing.note}")
     return 0
 
 

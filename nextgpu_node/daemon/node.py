@@ -60,7 +60,7 @@ from nextgpu_node.daemon.successions import (
     serve_successions,
 )
 from nextgpu_node.daemon.tokens import Tokens
-from nextgpu_node.errors import ConfigError, NextGPUError
+from nextgpu_node.errors import ConfigError
 from nextgpu_node.hostinfo.sensors import HostSensors, Sensors
 from nextgpu_node.identity import Identity
 from nextgpu_node.p2p.network import Network
@@ -210,9 +210,7 @@ class Node:
         # Off is off even where the file can not be written; the owner hears about the rest.
         self._provider.set_enabled(enabled)
         note = self._save({"sharing.enabled": "true" if enabled else "false"})
-        if note:
-            raise NextGPUError(f"Switched for this run only: {note}")
-        return self._provider.sharing_view()
+        return msgspec.structs.replace(self._provider.sharing_view(), note=note)
 
     def pause(self, seconds: int) -> SharingView:
         self._provider.pause(seconds)

@@ -13,6 +13,7 @@ from nextgpu_node.sandbox.zygote_process import ENVIRONMENT, SERVICE_SOCKET
 
 UNITS = Path(__file__).parents[2] / "systemd"
 SYSTEM, USER = UNITS / "nextgpud.service", UNITS / "nextgpud-user.service"
+SLICE = UNITS / "nextgpu.slice"
 WORKER, SOCKET = UNITS / "nextgpu-worker@.service", UNITS / "nextgpu-worker.socket"
 PLACEHOLDER = "/opt/nextgpu/.venv/bin/nextgpud"
 PYTHON = "/opt/nextgpu/.venv/bin/python"
@@ -35,7 +36,7 @@ def settings(unit: Path) -> dict[str, list[str]]:
 
 def analyze(unit: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`systemd-analyze ARGUMENTS UNIT`, on a copy whose ExecStart= exists here."""
-    for source in (unit, WORKER, SOCKET):
+    for source in (unit, WORKER, SOCKET, SLICE):
         text = source.read_text().replace(PLACEHOLDER, "/bin/true").replace(PYTHON, "/bin/true")
         (tmp_path / source.name).write_text(text)
     runtime = tmp_path / "run"
@@ -59,7 +60,9 @@ def analyze(unit: Path, tmp_path: Path, *arguments: str) -> subprocess.Completed
 
 
 @needs_systemd
-@pytest.mark.parametrize(("unit", "manager"), [*ALL, (SOCKET, "--system")])
+@pytest.mark.parametrize(
+    ("unit", "manager"), [*ALL, (SOCKET, "--system"), (SLICE, "--system"), (SLICE, "--user")]
+)
 def test_systemd_finds_no_fault(unit: Path, manager: str, tmp_path: Path) -> None:
     done = analyze(unit, tmp_path, "verify", manager)
     # Known from systemd 254 on and ignored before; the unit says so.
@@ -84,7 +87,7 @@ def test_the_exposure_is_no_worse_than_recorded(unit: Path, manager: str, tmp_pa
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
 
 
-@pytest.mark.parametrize("unit", [SYSTEM, USER, WORKER, SOCKET])
+@pytest.mark.parametrize("unit", [SYSTEM, USER, WORKER, SOCKET, SLICE])
 def test_every_setting_stands_below_its_reason(unit: Path) -> None:
     """A run of settings begins with a comment, and no run is longer than one thought."""
     runs: list[int] = []
@@ -108,6 +111,12 @@ def test_only_the_daemon_speaks_and_the_watchdog_is_on(unit: Path) -> None:
     assert have["WatchdogSec"] == ["60"]
     assert have["Restart"] == ["on-failure"]
     assert have["ExecStart"] == [PLACEHOLDER]
+
+
+@pytest.mark.parametrize("unit", [SYSTEM, USER])
+def test_all_that_is_lent_is_one_branch_that_comes_last(unit: Path) -> None:
+    assert settings(unit)["Slice"] == [SLICE.name]
+    assert int(settings(SLICE)["CPUWeight"][0]) < 100  # what every other branch has
 
 
 @pytest.mark.parametrize("unit", [SYSTEM, USER])
