@@ -100,3 +100,23 @@ set_up_interop() {
     say "npm ci failed in $room: its tests are skipped"
   fi
 }
+
+# What tests/web needs to drive the dashboard.  Chromium is 600 MB with its libraries, so only the
+# scripts that are about it install it.
+set_up_browser() {
+  local room=tests/web stamp
+  if ! command -v chromium chromium-browser google-chrome >/dev/null; then
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+      fail "First install Chromium (on Debian: sudo apt-get install chromium)"
+    fi
+    say "installing chromium"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
+      --no-install-recommends chromium; } >/dev/null 2>&1 || fail "Could not install chromium."
+  fi
+  command -v node >/dev/null && command -v npm >/dev/null || fail "First install Node.js 18 and npm."
+  stamp=$(cat "$room/package.json" "$room/package-lock.json" | sha256sum | cut -c1-32)
+  grep -qs "^$stamp" "$room/node_modules/.nextgpu-stamp" && return 0
+  say "installing the packages of $room"
+  (cd "$room" && npm ci --silent --no-audit --no-fund) >/dev/null 2>&1 || fail "npm ci failed in $room"
+  echo "$stamp" >"$room/node_modules/.nextgpu-stamp"
+}
