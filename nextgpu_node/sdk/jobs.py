@@ -7,7 +7,8 @@
     ID/lock                    held, with its pid inside, by the one process that works at the job
     ID/cancel                  somebody asked for its end
 
-Everything here is plaintext and stays with the user: the daemon never reads it.
+Everything here is plaintext and stays with the user.  The daemon reads job.json and journal when
+the owner looks at the dashboard, and nothing else of it.
 """
 
 from __future__ import annotations

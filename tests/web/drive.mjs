@@ -9,7 +9,7 @@ const wanted = JSON.parse(process.argv[2]);
 const PAGES = ["overview", "contributing", "jobs", "peers", "privacy"];
 const report = {
   errors: [], violations: [], foreign: [], overflows: [], unnamed: [], cookies: 0, stored: 0,
-  addresses: [], visited: 0, share: {}, locked: "", contrast: [],
+  addresses: [], visited: 0, share: {}, limits: {}, locked: "", contrast: [],
 };
 
 const browser = await chromium.launch({
@@ -20,6 +20,8 @@ const browser = await chromium.launch({
 function listen(page, where) {
   const host = new URL(wanted.url).host;
   page.on("console", (message) => {
+    // Chromium reports each refused request; a wrong limit is refused on purpose.
+    if (message.text().includes("status of 400") && message.location().url.endsWith("/v1/limits")) return;
     if (["error", "warning"].includes(message.type())) report.errors.push(`${where}: ${message.text()}`);
   });
   page.on("pageerror", (error) => report.errors.push(`${where}: ${error.message}`));
@@ -98,6 +100,21 @@ async function visit(page, where) {
   report.addresses.push(page.url());
 }
 
+// A setting that is wrong says why beside itself; a right one is the node's at once.
+async function changeLimit(page) {
+  await page.locator('nav a[href="#/contributing"]').click();
+  const field = page.getByLabel("Hours", { exact: true });
+  await field.fill("not hours");
+  await page.keyboard.press("Enter");
+  await page.locator("#limit-hours-help.wrong").waitFor();
+  report.limits.wrong = await page.locator("#limit-hours-help").textContent();
+  await field.fill("22:00-07:00");
+  await page.keyboard.press("Enter");
+  await page.getByText("Saved.").waitFor();
+  await page.waitForFunction(() => !document.querySelector("#limit-hours-help.wrong"));
+  report.limits.value = await field.inputValue();
+}
+
 async function toEnd(page, width, theme) {
   // Plots have something to show.
   await page.waitForTimeout(wanted.first_ms ?? 0);
@@ -117,7 +134,7 @@ async function share(page) {
   await page.locator('nav a[href="#/overview"]').click();
   const control = page.getByRole("switch", { name: "Share this machine" });
   report.share.before = await control.getAttribute("aria-checked");
-  await page.evaluate(() => document.activeElement.blur());
+  await page.evaluate(() => document.querySelector(".skip").focus());
   let presses = 0;
   for (; presses < 30; presses += 1) {
     await page.keyboard.press("Tab");
@@ -146,6 +163,7 @@ try {
       await toEnd(page, width, theme);
       if (wanted.share) {
         await share(page);
+        if (wanted.limits) await changeLimit(page);
         wanted.share = false;
       }
       report.cookies += (await context.cookies()).length;

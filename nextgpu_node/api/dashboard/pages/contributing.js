@@ -3,8 +3,29 @@ import { Action, Card, Chip, Command, Empty, useAsked } from "../parts.js";
 import { html, useEffect, useState } from "../vendor/htm-preact.js";
 import { ago, bytes, seconds, short } from "../words.js";
 
-// Keys of the settings that belong to the schedule; the others are limits.
-const SCHEDULE = ["hours", "only_when_idle", "idle_seconds", "idle_minutes", "on_battery", "exclusive_apps"];
+// Settings in the order in which an owner thinks of them; what is not named here comes last.
+const GROUPS = [
+  ["When to lend", [
+    ["hours", "Hours"],
+    ["only_when_idle", "Only while I am away"],
+    ["idle_minutes", "Away after so many minutes"],
+    ["on_battery", "Also on battery"],
+    ["exclusive_apps", "Never beside these programs"],
+  ]],
+  ["How much to lend", [
+    ["max_vram", "Memory of the card"],
+    ["max_utilisation", "Use of the card, in percent"],
+    ["max_temperature", "Pause above, in °C"],
+    ["max_power", "Pause above, in watts"],
+    ["max_memory", "Memory of one unit"],
+    ["threads", "Processor threads of a unit"],
+    ["max_concurrent_units", "Units at a time"],
+    ["max_unit_seconds", "Longest unit, in seconds"],
+    ["max_upload", "Upload a second"],
+    ["max_download", "Download a second"],
+  ]],
+];
+const NAMED = new Set(GROUPS.flatMap(([, settings]) => settings.map(([key]) => key)));
 
 export function Contributing({ node, say, confirm }) {
   return html`
@@ -57,26 +78,27 @@ function Limits({ say }) {
     return html`<${Card} title="Limits and schedule"><p>They are in the settings of the node:</p><${Command} text="nextgpu config show" /><//>`;
   }
   if (!reply) return html`<${Card} title="Limits and schedule"><${Empty}>${error?.message ?? "Asking the node …"}<//><//>`;
-  const inSchedule = reply.limits.filter((limit) => SCHEDULE.includes(limit.key));
-  const others = reply.limits.filter((limit) => !SCHEDULE.includes(limit.key));
   const save = async (key, value) => {
     const saved = await put("/v1/limits", { changes: { [key]: value } });
     say(saved.saved ? "Saved." : `Holds until the node ends. ${saved.note}`, saved.saved ? "good" : "bad");
     again();
   };
+  const found = new Map(reply.limits.map((limit) => [limit.key, limit]));
+  const others = reply.limits.filter((limit) => !NAMED.has(limit.key)).map(({ key }) => [key, key.replaceAll("_", " ")]);
+  const fields = (settings) => html`
+    <div class="settings">
+      ${settings.filter(([key]) => found.has(key)).map(([key, name]) => html`
+        <${Setting} key=${key} limit=${found.get(key)} name=${name} save=${save} say=${say} />`)}
+    </div>`;
   return html`
-    <${Card} title="When to lend"><${Settings} limits=${inSchedule} save=${save} say=${say} /><//>
-    <${Card} title="How much to lend"><${Settings} limits=${others} save=${save} say=${say} /><//>
+    ${GROUPS.map(([title, settings]) => html`<${Card} key=${title} title=${title}>${fields(settings)}<//>`)}
+    <${Card} label="More settings">
+      <details><summary>More settings</summary>${fields(others)}</details>
+    <//>
   `;
 }
 
-const Settings = ({ limits, save, say }) => html`
-  <div class="settings">
-    ${limits.map((limit) => html`<${Setting} key=${limit.key} limit=${limit} save=${save} say=${say} />`)}
-  </div>
-`;
-
-function Setting({ limit, save, say }) {
+function Setting({ limit, name, save, say }) {
   const [draft, setDraft] = useState(limit.value);
   const [wrong, setWrong] = useState("");
   useEffect(() => setDraft(limit.value), [limit.value]);
@@ -91,7 +113,6 @@ function Setting({ limit, save, say }) {
       say(error.message, "bad");
     }
   }
-  const name = limit.key.replaceAll("_", " ");
   if (limit.value === "true" || limit.value === "false") {
     const on = limit.value === "true";
     return html`
