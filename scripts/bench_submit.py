@@ -25,7 +25,7 @@ import torch
 
 from nextgpu_node.graph.export import export
 from nextgpu_node.sdk.executor import Executor
-from nextgpu_protocol.limits import MIB
+from scripts.bench_calls import BIG, First, Grow, NoOp, make_real, run
 from tests.support.nodes import swarm
 
 CALLS = 300
@@ -33,7 +33,6 @@ MANY = 1000
 # No row takes much longer: all of it is done in minutes, also on a busy machine.
 ENOUGH_S = 15.0
 NODES = 4
-BIG = 64 * MIB
 SETTINGS = {
     "sharing.max_memory": "2 GiB",
     "sharing.max_input": "4 GiB",
@@ -42,27 +41,6 @@ SETTINGS = {
     "sharing.threads": "1",
     "log.level": "warning",
 }
-
-
-class NoOp(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 0
-
-
-class First(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:1] + 0
-
-
-class Grow(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.repeat(BIG)
-
-
-def make_real() -> torch.nn.Module:
-    torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
-    return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
 
 
 # What each system is asked: call(module, x) -> a future-like; wait(future) -> the tensor.
@@ -163,12 +141,6 @@ def nextgpu() -> dict[str, Any]:
             return measure("nextgpu", caller(one), wait, four=(caller(four), wait))
 
 
-def run(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Of this module, not of the caller: Dask sends its name instead of pickling it each time."""
-    with torch.no_grad():
-        return module(x)
-
-
 def dask() -> dict[str, Any]:
     from distributed import Client, LocalCluster
     from distributed.security import Security
@@ -206,8 +178,7 @@ def ray_() -> dict[str, Any]:
     @ray.remote
     class Worker:
         def run(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                return module(x)
+            return run(module, x)
 
         def threads(self) -> None:
             torch.set_num_threads(1)
@@ -235,6 +206,8 @@ def submit() -> dict[str, Any]:
     """Each system in turn, and the ratios that matter: above 1, NextGPU is the quicker one."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    # Ray's workers run at 15 otherwise, and starve where anything else runs.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray spells it
     report: dict[str, Any] = {"nextgpu": nextgpu()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

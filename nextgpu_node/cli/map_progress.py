@@ -21,9 +21,7 @@ from nextgpu_node.core.job_state import (
     PeerDistrusted,
     PeerFailed,
     ShardEntered,
-    ShardFailed,
     ShardKept,
-    ShardRetracted,
 )
 from nextgpu_node.sdk.jobs import Job
 
@@ -99,10 +97,6 @@ class MapProgress:
                 self._lost += 1
             case PeerDistrusted(peer_id=peer_id, why=why):
                 self._note(f"{peer_id} is asked no more: {why}.")
-            case ShardFailed(shard=shard, why=why):
-                self._note(f"failed: {self._job.manifest.shards[shard].name}: {why}")
-            case ShardRetracted():
-                pass
             case _:
                 pass
         if self._out.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from nextgpu_node.cli.map_progress import MapProgress, counted
 from nextgpu_node.cli.network import Kind
 from nextgpu_node.cli.running import check_peer_id, gather_needs
 from nextgpu_node.core.job_state import JobBegan, JobEvent
-from nextgpu_node.errors import NextGPUError, UsageError
+from nextgpu_node.errors import JobStoreError, NextGPUError, UsageError
 from nextgpu_node.sdk.attempt import Steps
 from nextgpu_node.sdk.job_run import JobRun, Load
 from nextgpu_node.sdk.jobs import Job, ShardSpec
@@ -77,9 +78,9 @@ def map_(
         audit_share=parse_share(audit),
         canaries=_at_least("--canaries", canaries, 0),
     )
-    files = _find_inputs(inputs)
-    _prepare_outputs(inputs, outputs)
     digest = digest_of(program)
+    files = _find_inputs(inputs)
+    is_new = _prepare_outputs(inputs, outputs)
     specs = [
         shard_spec(
             program,
@@ -101,7 +102,12 @@ def map_(
             "map", program, missing, options, steps_axis=steps_axis, steps=steps
         )
         job = Job.create(ctx.paths.jobs_dir, manifest, common.job_dir)
-        return work_at_map(ctx, job, began, quiet=quiet, skipped=len(specs) - len(missing))
+        skipped = len(specs) - len(missing)
+        try:
+            return work_at_map(ctx, job, began, quiet=quiet, skipped=skipped)
+        finally:
+            if is_new and not job.directory.exists():
+                outputs.rmdir()  # nobody took anything: as before
 
     return supervise(work, detach=common.detach, out=ctx.out)
 
@@ -118,8 +124,8 @@ def work_at_map(ctx: Context, job: Job, began: Began, *, quiet: bool, skipped: i
         runner = JobRun(job, ctx.paths, load_shard_of(job), take)
         try:
             trio.run(runner.run)
-        except NextGPUError:
-            if not progress.has_begun:
+        except NextGPUError as exc:
+            if not progress.has_begun and not isinstance(exc, JobStoreError):
                 job.remove(ctx.paths.jobs_dir)  # nobody took anything: nothing to go on with
             else:
                 progress.stop()
@@ -175,7 +181,12 @@ def _find_inputs(directory: Path) -> list[Path]:
     return files
 
 
-def _prepare_outputs(inputs: Path, outputs: Path) -> None:
+def _prepare_outputs(inputs: Path, outputs: Path) -> bool:
+    """Make the directory where it is not there; whether it was not.
+
+    Raises UsageError, before anything is computed that could not be stored.
+    """
+    is_new = not outputs.exists()
     try:
         outputs.mkdir(exist_ok=True)
         same = outputs.samefile(inputs)
@@ -183,6 +194,9 @@ def _prepare_outputs(inputs: Path, outputs: Path) -> None:
         raise UsageError(f"{outputs}: can not be made or read: {exc.strerror}.") from exc
     if same:
         raise UsageError("--outputs is the directory of the inputs. Name another one.")
+    if not os.access(outputs, os.W_OK | os.X_OK):
+        raise UsageError(f"{outputs}: you may not write there. Name another --outputs.")
+    return is_new
 
 
 def _missing(specs: list[ShardSpec], *, force: bool) -> list[ShardSpec]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from nextgpu_node.errors import IntegrityError
-from nextgpu_node.graph.tensors import TensorImageReader
 from nextgpu_node.sdk.events import (
     Checkpoint,
     FinalResult,
@@ -21,6 +21,9 @@ from nextgpu_protocol.limits import MAX_MESSAGE_BYTES
 from nextgpu_protocol.messages import Receipt, Refusal
 from nextgpu_protocol.program import ProgramSpec, TensorSpec
 from nextgpu_protocol.records import Record, RecordKind, UnitSummary
+
+if TYPE_CHECKING:
+    from nextgpu_node.graph.tensors import TensorImageReader
 
 _STEPS_BYTES = 8  # a checkpoint begins with the number of steps done
 
@@ -123,6 +126,8 @@ class Inbox:
         return [Finished(summary=self.summary)]
 
     def _reader(self, expected: Sequence[TensorSpec]) -> TensorImageReader:
+        from nextgpu_node.graph.tensors import TensorImageReader
+
         if self._image is None:
             self._image = TensorImageReader(expected, max_bytes=self._max_bytes)
         return self._image

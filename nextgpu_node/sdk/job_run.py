@@ -29,6 +29,7 @@ from nextgpu_node.errors import (
     JobInterrupted,
     JobStoreError,
     NextGPUError,
+    ProgramError,
     UsageError,
 )
 from nextgpu_node.files import write_whole
@@ -115,16 +116,26 @@ class JobRun:
             self._on_event(ended)
 
     def _note(self, event: JobEvent) -> None:
-        self._journal.append(event)
+        try:
+            self._journal.append(event)
+        except JobStoreError as exc:
+            why = exc.__cause__.strerror if isinstance(exc.__cause__, OSError) else "it is full"
+            raise self._job.not_written(why) from exc
         self._state.apply(event)
         self._on_event(event)
 
     async def _work_until_told(self) -> None:
+        failure: NextGPUError | None = None
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._await_signal, signals, nursery.cancel_scope)
-                await self._work()
+                try:
+                    await self._work()
+                except NextGPUError as exc:
+                    failure = exc  # as it is: the nursery would make a group of it
                 nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
         if self._told:
             if self._job.is_cancelled:
                 raise JobCancelled
@@ -249,8 +260,12 @@ class _JobSink:
         await trio.to_thread.run_sync(self._write, shard, spec, result)
 
     def _write(self, shard: int, spec: ShardSpec, result: ShardOutcome) -> None:
-        file = self._job.result_file(shard)
-        write_whole(file, result_image(result.tensors, spec.key), force=True)
+        try:
+            image = result_image(result.tensors, spec.key)
+            write_whole(self._job.result_file(shard), image, force=True)
+        except NextGPUError as exc:
+            why = exc.__cause__.strerror if isinstance(exc.__cause__, OSError) else str(exc)
+            raise self._job.not_written(why) from exc
         if not self._hold:
             # A place that is taken meanwhile costs no result: it waits here for `publish_all`.
             with suppress(UsageError):
@@ -305,7 +320,7 @@ def publish(job: Job, shard: int) -> None:
     except OSError as exc:
         raise JobStoreError(
             f"{output}: can not be written: {exc.strerror}. The result is kept in the job: "
-            f"`nextgpu retry {job.job_id}` goes on once there is room."
+            f"`nextgpu retry {job.job_id}` goes on once it can."
         ) from exc
 
 
@@ -350,6 +365,8 @@ def load_checked_program(job: Job) -> Program:
         return Program.load(path)
     except OSError as exc:
         raise UsageError(f"{path}: can not be read: {exc.strerror}.") from exc
+    except ProgramError as exc:
+        raise exc if str(path) in str(exc) else ProgramError(f"{path}: {exc}") from exc
 
 
 def write_position(file: Path, position: Position) -> None:

@@ -163,6 +163,10 @@ class Job:
             raise JobStoreError(f"{directory}: holds no job: {exc.strerror}.") from exc
         except msgspec.DecodeError as exc:
             raise JobStoreError(f"{directory / 'job.json'}: is damaged: {exc}.") from exc
+        for spec in manifest.shards:
+            # Results are copied to files of these names.
+            if Path(spec.name).name != spec.name:
+                raise JobStoreError(f"{directory / 'job.json'}: {spec.name!r} is no file's name.")
         return cls(directory, manifest)
 
     @property
@@ -226,11 +230,21 @@ class Job:
                     f"Job {self.job_id} is being worked at already. "
                     f"See `nextgpu logs -f {self.job_id}`."
                 ) from exc
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            except OSError as exc:
+                raise self.not_written(exc.strerror) from exc
             yield
         finally:
             os.close(descriptor)
+
+    def not_written(self, why: str | None) -> JobStoreError:
+        """The error for a directory that takes no more."""
+        return JobStoreError(
+            f"{self.directory}: can not be written: {why}. What is done stays done: make room, "
+            f"then `nextgpu retry {self.job_id}`."
+        )
 
     def worker_pid(self) -> int | None:
         """The process that works at it, or None."""

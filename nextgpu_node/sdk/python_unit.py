@@ -19,7 +19,6 @@ from typing import Any, Final
 import msgpack
 
 from nextgpu_node.errors import JobFailed, Refused, UsageError
-from nextgpu_node.graph.values import decode_with_tensors_untrusted
 from nextgpu_node.sdk.events import CallResult, FileReceived, LogText, UnitEvent
 from nextgpu_node.sdk.inbox import Inbox
 from nextgpu_node.sdk.unit import RemoteUnit
@@ -181,6 +180,8 @@ class PythonInbox(Inbox):
                 return _file_untrusted(body)
 
     def _value_untrusted(self, body: bytes) -> CallResult:
+        from nextgpu_node.graph.values import decode_with_tensors_untrusted
+
         if body[:1] not in (b"\x00", b"\x01"):
             raise RemoteProtocolError(ErrorCode.MALFORMED, "VALUE")
         value = decode_with_tensors_untrusted(body[1:])

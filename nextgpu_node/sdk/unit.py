@@ -21,7 +21,6 @@ from nextgpu_node.api_types import PeerView
 from nextgpu_node.clock import now_ms
 from nextgpu_node.errors import DaemonUnreachable, IntegrityError, PeerLost
 from nextgpu_node.frames import FrameStream, widen
-from nextgpu_node.graph.tensors import encode_tensors
 from nextgpu_node.sdk.events import Offered, ReceiptVerified, UnitEvent
 from nextgpu_node.sdk.inbox import Inbox
 from nextgpu_node.sdk.outcome import refusal_untrusted, translated
@@ -252,6 +251,9 @@ class RemoteUnit:
         `carry` is a checkpoint to go on from; without it the program's own first state is sent,
         or, where the program has an init graph, computed by the worker.
         """
+        # Here and below, not above: a command says what is wrong with its flags without torch.
+        from nextgpu_node.graph.tensors import encode_tensors
+
         self._spec: ProgramSpec = program.spec
         manifest = UnitManifest(checkpoint_ms, checkpoint_steps, return_carry)
         await self._write(RecordKind.MANIFEST, [encode_message(manifest)])
@@ -268,6 +270,8 @@ class RemoteUnit:
 
     async def send_steps(self, steps: Iterable[Mapping[str, Tensor]]) -> None:
         """Several steps at once: small ones share a sealed chunk, and its padding."""
+        from nextgpu_node.graph.tensors import encode_tensors
+
         for xs in steps:
             await self._write(RecordKind.STEP, encode_tensors(xs))
         await self._flush(final=False)

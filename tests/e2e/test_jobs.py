@@ -31,7 +31,7 @@ from nextgpu_node.sdk.client import open_client
 from nextgpu_node.sdk.map_stream import ShardResult
 from nextgpu_node.sdk.mapping import MapOptions
 from nextgpu_node.sdk.unit import Needs
-from tests.support.nodes import Swarm, count_peers, swarm
+from tests.support.nodes import Swarm, Trio, count_peers, swarm
 
 _SMALL, _LIAR = 1, 2
 
@@ -324,14 +324,14 @@ def files(tmp_path: Path, linear: Program) -> Path:
     return tmp_path
 
 
-def command(nodes: Swarm, *arguments: str) -> list[str]:
+def command(nodes: Swarm | Trio, *arguments: str) -> list[str]:
     return [
         *(sys.executable, "-m", "nextgpu_node.cli", "--home", str(nodes.submitter.home)),
         *arguments,
     ]
 
 
-def nextgpu(nodes: Swarm, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def nextgpu(nodes: Swarm | Trio, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command(nodes, *arguments),
         cwd=cwd,

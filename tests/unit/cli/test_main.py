@@ -36,10 +36,16 @@ def test_help_loads_no_command(cli: Cli) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("name", ["peers", "units", "gpus"])
+@pytest.mark.parametrize("name", ["peers", "units", "gpus", "map", "run", "retry"])
 def test_torch_is_loaded_only_where_tensors_are(cli: Cli, name: str) -> None:
+    """`map` and `run` fork before it: who waits holds none of it, and the child no thread of it."""
+    words = {
+        "map": ["--inputs", "none", "--outputs", "out", "setup.ngp"],
+        "run": ["--input", "none.safetensors", "setup.ngp"],
+        "retry": ["0"],
+    }
     script = (
-        f"import sys; sys.argv = ['nextgpu', '{name}']\n"
+        f"import sys; sys.argv = {['nextgpu', name, *words.get(name, [])]}\n"
         "from nextgpu_node.cli.main import main; main()\n"
         "print('torch' in sys.modules)"
     )
