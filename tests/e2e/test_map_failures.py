@@ -89,6 +89,7 @@ def test_a_full_disk_at_the_outputs_costs_no_result(
         assert_right(files, linear)
 
 
+@pytest.mark.slow
 @AS_ROOT
 @pytest.mark.parametrize("size", ["4k", "8k", "12k"])  # the lock, the journal, a result
 def test_a_full_disk_at_the_job_costs_no_result(
@@ -114,11 +115,10 @@ _BOUND_BY_MODES = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv"
 )
-def test_what_may_not_be_read_or_written_is_said_before_anything_is_sent(
+def test_a_directory_that_may_not_be_written_to_is_said_before_anything_is_sent(
     nodes: Trio, files: Path
 ) -> None:
     (files / "closed").mkdir(mode=0o555)
-    (files / "in" / "s004.safetensors").chmod(0)
 
     def bound(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -136,11 +136,6 @@ def test_what_may_not_be_read_or_written_is_said_before_anything_is_sent(
     below = bound(*MAP[:-1], "closed/new")
     assert below.returncode == 2
     assert "closed/new: can not be made or read: Permission denied." in below.stderr
-    partly = bound(*MAP)
-    assert partly.returncode == 1
-    assert "s004.safetensors: can not be read: Permission denied." in partly.stderr
-    assert "Traceback" not in partly.stderr
-    assert len(list((files / "out").iterdir())) == COUNT - 1
 
 
 # --- what is not a map ------------------------------------------------------------------------
@@ -151,15 +146,14 @@ def test_what_is_no_map_leaves_no_job_and_no_directory(nodes: Trio, files: Path)
     before = run_cli(nodes.submitter.home, "jobs")["jobs"]
     for words, told in (
         (("--inputs", "empty", "--outputs", "new"), "nothing to map"),
-        (("--inputs", "in/s000.safetensors", "--outputs", "new"), "Not a directory"),
         (("--inputs", "in", "--inputs", "empty", "--outputs", "new"), "multiple times"),
         (("--inputs", "in", "--outputs", "in"), "directory of the inputs"),
-        (("--inputs", "in", "--outputs", "linear.ngp"), "File exists"),
     ):
         done = nextgpu(nodes, "map", "linear.ngp", *words, cwd=files)
         assert done.returncode == 2
         assert told in done.stderr
-    wrong = nextgpu(nodes, "map", "in/s000.safetensors", *words[:2], "--outputs", "new", cwd=files)
+    program = "in/s000.safetensors"
+    wrong = nextgpu(nodes, "map", program, "--inputs", "in", "--outputs", "new", cwd=files)
     assert wrong.returncode == 2
     assert "in/s000.safetensors: This is not a NextGPU program file." in wrong.stderr
     assert not (files / "new").exists()
@@ -171,10 +165,10 @@ def test_what_is_no_map_leaves_no_job_and_no_directory(nodes: Trio, files: Path)
 
 @pytest.fixture
 def working(nodes: Trio, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """`nextgpu map` over 60 shards of about a tenth of a second, of which one is done."""
+    """`nextgpu map` over 30 shards of about a tenth of a second, of which one is done."""
     program = export(Work(), (torch.ones(2, 4),))
     program.save(tmp_path / "linear.ngp")
-    save_inputs(tmp_path, program, 60)
+    save_inputs(tmp_path, program, 30)
     process = subprocess.Popen(
         command(nodes, *MAP),
         cwd=tmp_path,
@@ -202,15 +196,16 @@ def test_a_map_that_is_cancelled_elsewhere_keeps_what_is_done_and_can_go_on(
     assert "Traceback" not in told
     assert last_job(nodes)["status"] == "cancelled"
     done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
-    assert 1 <= len(done) < 60
+    assert 1 <= len(done) < 30
     assert not any(name.startswith(".") for name in done)
     again = nextgpu(nodes, *MAP, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
-    assert len(after) == 60
+    assert len(after) == 30
     assert done.items() <= after.items()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_map_at_work_and_it_can_be_followed(
     nodes: Trio, tmp_path: Path, working: subprocess.Popen[str]
 ) -> None:
@@ -221,4 +216,4 @@ def test_ctrl_c_leaves_a_map_at_work_and_it_can_be_followed(
     assert f"Detached. Job {job_id} goes on" in told
     followed = nextgpu(nodes, "logs", "-f", job_id, cwd=tmp_path)
     assert "status=done" in followed.stdout.splitlines()[-1]
-    assert len(list((tmp_path / "out").iterdir())) == 60
+    assert len(list((tmp_path / "out").iterdir())) == 30
