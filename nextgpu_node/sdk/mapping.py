@@ -444,7 +444,12 @@ class MapRun:
     def _failed(self, start: Start, error: NextGPUError, began_from: int) -> Failed:
         """What an error means for the shard and for its peer."""
         too_large = isinstance(error, Refused) and error.code == ErrorCode.OVER_LIMIT
-        if start.peer_id == HERE or too_large:
+        progressed = self.position_of(start).steps > began_from
+        if isinstance(error, JobTimeout) and progressed:
+            # The lease is over, as agreed: no reason to leave this peer alone for a while.
+            remedy = Remedy.ELSEWHERE
+            self.book.succeeded(start.peer_id)
+        elif start.peer_id == HERE or too_large:
             remedy = Remedy.ELSEWHERE if too_large else Remedy.GIVE_UP
         else:
             remedy = self.book.failed(start.peer_id, error)
@@ -462,7 +467,7 @@ class MapRun:
             str(error),
             refused=remedy is Remedy.LOCAL or (isinstance(error, Refused) and not too_large),
             unfit=too_large or crashed or isinstance(error, OutOfMemory | JobTimeout),
-            progressed=self.position_of(start).steps > began_from,
+            progressed=progressed,
         )
 
     async def _steps_of(self, start: Start) -> Steps:
