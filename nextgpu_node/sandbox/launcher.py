@@ -324,8 +324,6 @@ class Launcher:
 
     async def _wipe(self, slot: Slot) -> WipeReport:
         slot.kill("killed")
-        if slot.stream is not None:
-            await trio.aclose_forcefully(slot.stream)
         reaped, remains = slot.pidfd is None, self._expected_remains(slot)
         no_swap: wipe.Answer = "yes" if self._swap_is_forbidden(slot) else wipe.swap_is_off()
         with trio.move_on_after(_WIPE_DEADLINE_S):
@@ -337,6 +335,9 @@ class Launcher:
                 reaped = True
             await slot.wait_joined()
             remains = await self._remove_remains(slot)
+        # Not before: a worker that another process has to kill would end by itself at its end.
+        if slot.stream is not None:
+            await trio.aclose_forcefully(slot.stream)
         return await trio.to_thread.run_sync(wipe.look, slot.pid, reaped, remains, no_swap)
 
     def _swap_is_forbidden(self, slot: Slot) -> bool:
