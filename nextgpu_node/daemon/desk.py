@@ -46,6 +46,7 @@ _MAX_JOBS: Final = 500
 _MAX_LINES: Final = 60
 _MAX_RESULTS: Final = 200
 _AUDIT_S: Final = 900
+_AUDIT: Final = [sys.executable, "-m", "nextgpu_node.cli", "privacy", "audit", "--json"]
 # Fields of a journal's event that are numbers of a kind that nobody reads.
 _UNREAD: Final = ("at_ms", "event", "digest")
 
@@ -180,12 +181,9 @@ class OwnersDesk:
 
 async def _run_audit(began_at_ms: int) -> AuditReply:
     """`nextgpu privacy audit` as a process of its own: it needs torch, which no daemon loads."""
-    command = [sys.executable, "-m", "nextgpu_node.cli", "privacy", "audit", "--json"]
     why = "It took too long."
     with trio.move_on_after(_AUDIT_S):
-        done = await trio.run_process(
-            command, capture_stdout=True, capture_stderr=True, check=False
-        )
+        done = await trio.run_process(_AUDIT, capture_stdout=True, capture_stderr=True, check=False)
         lines = done.stdout.decode(errors="replace").splitlines()
         try:
             report = json.loads(lines[-1])

@@ -7,13 +7,15 @@ daemon itself gives up on a request after a minute.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeVar
 
+import h11
 import httpx
 import msgspec
+import trio
 
 from nextgpu_node.api_types import (
     CancelReply,
@@ -74,6 +76,7 @@ class ApiClient:
     """
 
     def __init__(self, socket_path: Path) -> None:
+        self._socket_path = socket_path
         self._http = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(socket_path)),
             base_url=_BASE_URL,
@@ -198,10 +201,12 @@ class ApiClient:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Lines of JSON, until the caller leaves (use `aclosing`)."""
+        # By hand: a response of httpx that is left before its end leaves generators behind that
+        # trio calls an error.
         with _daemon_errors():
-            async with self._http.stream("GET", "/v1/events") as reply:
-                async for line in reply.aiter_lines():
-                    yield line.encode()
+            async with await _open(self._socket_path) as stream, aclosing(_lines(stream)) as lines:
+                async for line in lines:
+                    yield line
 
     async def _call(
         self,
@@ -222,13 +227,43 @@ class ApiClient:
         return _decoded(reply.content, kind)
 
 
+async def _open(socket_path: Path) -> trio.SocketStream:
+    try:
+        return await trio.open_unix_socket(socket_path)
+    except OSError as exc:
+        raise DaemonUnreachable from exc
+
+
+async def _lines(stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:
+    """The lines of the body of the events' reply."""
+    http = h11.Connection(h11.CLIENT)
+    host = _BASE_URL.removeprefix("http://")
+    request = h11.Request(method="GET", target="/v1/events", headers=[("host", host)])
+    await stream.send_all(http.send(request) + http.send(h11.EndOfMessage()))
+    rest = b""
+    while True:
+        match http.next_event():
+            case h11.NEED_DATA:
+                http.receive_data(await stream.receive_some())
+            case h11.Data(data=data):
+                *lines, rest = (rest + bytes(data)).split(b"\n")
+                for line in lines:
+                    yield line
+            case h11.Response(status_code=status) if status >= 400:
+                raise UsageError("The nextgpud here has no events. Restart it with this version.")
+            case h11.EndOfMessage() | h11.ConnectionClosed():
+                return
+            case _:
+                pass
+
+
 @contextmanager
 def _daemon_errors() -> Iterator[None]:
     try:
         yield
     except httpx.ConnectError as exc:
         raise DaemonUnreachable from exc
-    except httpx.TransportError as exc:
+    except (httpx.TransportError, h11.ProtocolError, trio.BrokenResourceError) as exc:
         raise DaemonUnreachable(
             "The nextgpud here ended in the middle of the request. Its log says why."
         ) from exc
