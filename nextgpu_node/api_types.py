@@ -100,7 +100,11 @@ class PeersReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UnitView(msgspec.Struct, frozen=True, kw_only=True):
-    """A unit that is here now, in either role.  Never its content."""
+    """A unit that is here now, in either role.  Never its content.
+
+    `memory_bytes` is what its worker here holds in memory, shared pages of the launcher included;
+    0 where there is none.
+    """
 
     unit_id: str
     role: str  # "lending" or "borrowing"
@@ -108,6 +112,7 @@ class UnitView(msgspec.Struct, frozen=True, kw_only=True):
     age_s: float
     input_bytes: int
     output_bytes: int
+    memory_bytes: int = 0
 
 
 class UnitsReply(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import assert_never
 
+import psutil
 import structlog
 import trio
 
@@ -154,6 +155,13 @@ class LentUnit:
     @property
     def unit_id(self) -> str:
         return self._running.header.message.unit_id.hex() if self._running else ""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of its worker's processes now; 0 without one."""
+        if self._worker is None or self._worker.has_ended:
+            return 0
+        return _resident_bytes(self._worker.pid)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -593,3 +601,11 @@ class LentUnit:
     async def _send(self, kind: FrameKind, body: bytes = b"") -> None:
         self._session.sending(kind)
         await self._frames.send(kind, body)
+
+
+def _resident_bytes(pid: int) -> int:
+    """What the process holds in memory; 0 where this user may not see it, or it is gone."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0

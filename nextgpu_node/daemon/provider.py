@@ -505,6 +505,7 @@ class Provider:
                 age_s=round(now_s - unit.began_s, 3),
                 input_bytes=input_bytes,
                 output_bytes=output_bytes,
+                memory_bytes=unit.memory_bytes,
             )
             views.append(view)
         return views

@@ -6,10 +6,18 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 
+import torch
+import trio
+
+from nextgpu_node.api_types import UnitView
 from nextgpu_node.cli.processes import run_cli
+from nextgpu_node.graph.artifact import Program
 from nextgpu_node.sdk.api_client import ApiClient
+from nextgpu_node.sdk.client import open_client
+from nextgpu_node.sdk.events import StepResult
 from tests.support.nodes import Trio
 
 
@@ -69,3 +77,32 @@ def test_what_a_running_node_uses_is_not_deleted(nodes: Trio) -> None:
     assert done.returncode == 5
     assert "Stop nextgpud first" in done.stderr
     assert nodes.provider.paths.identity_file.stat().st_size > 0
+
+
+async def test_the_owner_sees_how_much_memory_a_lent_unit_holds(
+    nodes: Trio, linear: Program
+) -> None:
+    seen = trio.Event()
+    step = {linear.spec.xs[0].name: torch.ones(2, 4)}
+
+    async def steps() -> AsyncIterator[Mapping[str, torch.Tensor]]:
+        yield step
+        await seen.wait()
+
+    async with (
+        open_client(nodes.submitter.paths) as client,
+        ApiClient(nodes.provider.paths.api_socket) as api,
+        client.run(linear, steps()) as events,
+    ):
+        async for event in events:
+            if isinstance(event, StepResult):
+                (unit,) = (await api.units()).units
+                assert 10_000_000 < unit.memory_bytes < 2_000_000_000
+                seen.set()
+    await nodes.wait_idle()
+    assert (await api_units(nodes)) == []
+
+
+async def api_units(nodes: Trio) -> list[UnitView]:
+    async with ApiClient(nodes.provider.paths.api_socket) as api:
+        return (await api.units()).units

@@ -126,7 +126,7 @@ function Setting({ limit, name, save, say }) {
     <form class="setting" onSubmit=${(event) => { event.preventDefault(); store(draft); }}>
       <label for=${id}>${name}</label>
       <div class="setting-value">
-        <input id=${id} type="text" value=${draft} autocomplete="off" spellcheck=${false}
+        <input id=${id} type="text" value=${draft} placeholder=${limit.key === "hours" ? "always" : "none"} autocomplete="off" spellcheck=${false}
           aria-describedby="${id}-help" aria-invalid=${wrong ? "true" : "false"} onInput=${(event) => setDraft(event.target.value)} />
         ${changed && html`<button type="submit" class="button good">Save</button>`}
         <small id="${id}-help" class=${wrong ? "wrong" : "muted"}>${wrong || limit.expected}</small>
