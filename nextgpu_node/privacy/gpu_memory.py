@@ -13,37 +13,24 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCK_BYTES: Final = 256 << 20
-_SMALLEST_BYTES: Final = 1 << 20
+# What the comparison needs.
+_SPARE_BYTES: Final = 1 << 30
 
 
 def main() -> int:
     texts = [text.encode() for text in json.load(sys.stdin)]
     import torch
 
+    from nextgpu_node.graph.card_memory import take_free
+
     found = searched_bytes = 0
     for index in range(torch.cuda.device_count()):
-        for block in _take_all(torch.device("cuda", index)):
+        for block in take_free(torch.device("cuda", index), spare_bytes=_SPARE_BYTES):
             searched_bytes += block.numel()
             found += sum(count(block, text) for text in texts)
     report = {"found": found, "searched_bytes": searched_bytes, "cards": torch.cuda.device_count()}
     print(json.dumps(report))
     return 0
-
-
-def _take_all(device: object) -> list[Tensor]:
-    """Blocks as they come from the driver, never written to.  What the comparison needs is left."""
-    import torch
-
-    spare = torch.empty(4 * _BLOCK_BYTES, dtype=torch.uint8, device=device)  # type: ignore[call-overload]
-    blocks, size_bytes = [], _BLOCK_BYTES
-    while size_bytes >= _SMALLEST_BYTES:
-        try:
-            blocks.append(torch.empty(size_bytes, dtype=torch.uint8, device=device))  # type: ignore[call-overload]
-        except torch.OutOfMemoryError:
-            size_bytes //= 2
-    del spare
-    return blocks
 
 
 def count(block: Tensor, text: Sequence[int]) -> int:

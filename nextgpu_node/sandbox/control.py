@@ -4,7 +4,8 @@ SEQPACKET pair;  u32 length of head (big-endian) ‖ head (JSON) ‖ tail      d
 
 daemon -> zygote   {"spawn": id, "spare_uid": n}  tail: plan
                    descriptors: the worker's socket, then the directory of its cgroup (v2)
-                   {…, "probe": true}   the worker attacks its walls and serves no unit
+                   {…, "task": "probe"}   it attacks its walls and serves no unit
+                   {…, "task": "card"}    it clears a card, or looks whether it is clear
                    {"kill": id}         where the worker has a user that is not the daemon's
 zygote -> daemon   {"ready": runtime, "layout": {…}, "surroundings": {…} of a service, or null}
                    {"failed": sentence}                     the worker module can not be loaded

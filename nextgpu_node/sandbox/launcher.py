@@ -16,6 +16,7 @@ import random
 import secrets
 import signal
 import socket
+import struct
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,11 +35,11 @@ from nextgpu_node.sandbox.policy import (
     encode_plan,
     plan_worker,
 )
-from nextgpu_node.sandbox.slots import Slot, WorkerExit
+from nextgpu_node.sandbox.slots import Slot, Task, WorkerExit
 from nextgpu_node.sandbox.wipe import WipeReport
 from nextgpu_node.sandbox.zygote_link import ZygoteLink
-from nextgpu_protocol.errors import RemoteProtocolError
-from nextgpu_protocol.framing import HEAD_BYTES, FrameDecoder, FrameKind
+from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
+from nextgpu_protocol.framing import HEAD_BYTES, FrameDecoder, FrameKind, encode_frame
 
 log = structlog.get_logger()
 
@@ -47,6 +48,9 @@ KEY_BYTES: Final = 32
 _PRELOAD_DEADLINE_S: Final = 120.0
 _HELLO_DEADLINE_S: Final = 10.0
 _WIPE_DEADLINE_S: Final = 10.0
+# Two starts of CUDA, and all of a card's memory written once and read twice.
+_CARD_DEADLINE_S: Final = 60.0
+_CARD_ANSWER: Final = struct.Struct(">QQ")  # as worker/card.py
 _NICER_BY: Final = 5
 _NICEST: Final = 19
 _FIRST_BACKOFF_S: Final = 0.2
@@ -112,6 +116,7 @@ class _WorkerStream(trio.abc.Stream):
         await self._slot.wait_joined()
         if self._slot.refusal is not None:
             raise trio.BrokenResourceError(self._slot.refusal)
+        self._slot.was_given_bytes = True
         await self._stream.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -152,6 +157,7 @@ class Launcher:
         self._hierarchy: cgroups.Hierarchy | None = None
         self._nursery: trio.Nursery | None = None
         self._closed = False
+        self._card_wipe = trio.Lock()
         self._spare_uids = random.sample(_SPARE_UIDS, len(_SPARE_UIDS))
 
     @property
@@ -201,10 +207,10 @@ class Launcher:
             plan_worker(policy, self._layout, self._tier), wall_s=policy.wall_s
         )
 
-    async def spawn_planned(self, plan: Plan, *, wall_s: float) -> Worker:
-        """`spawn` under a plan that the caller has made."""
+    async def spawn_planned(self, plan: Plan, *, wall_s: float, task: Task | None = None) -> Worker:
+        """`spawn` under a plan that the caller has made; for a unit, or for a task of ours."""
         zygote = await self._wait_zygote()
-        slot = self._open_slot(plan, zygote)
+        slot = self._open_slot(plan, zygote, task)
         try:
             await self._request(zygote, slot)
             worker = await self._greet(slot)
@@ -227,7 +233,7 @@ class Launcher:
             raise SandboxError("The sandbox is shutting down.")
         return self._zygote
 
-    def _open_slot(self, plan: Plan, zygote: ZygoteLink) -> Slot:
+    def _open_slot(self, plan: Plan, zygote: ZygoteLink, task: Task | None = None) -> Slot:
         if not self._spare_uids:
             raise SandboxError("Too many workers are alive at once.")
         self._spawn_count += 1
@@ -242,13 +248,15 @@ class Launcher:
                 )
             except OSError as exc:
                 raise SandboxError(f"cgroup: {exc.strerror}. The worker was not started.") from exc
-        slot = Slot(self._spawn_count, plan, group, zygote)
+        slot = Slot(self._spawn_count, plan, group, zygote, task)
         slot.spare_uid = self._spare_uids.pop()
         self._slots[slot.spawn_id] = slot
         return slot
 
     async def _request(self, zygote: ZygoteLink, slot: Slot) -> None:
         head: control.Head = {"spawn": slot.spawn_id, "spare_uid": slot.spare_uid}
+        if slot.task is not None:
+            head["task"] = slot.task
         fds: list[int] = []
         try:
             ours, theirs = socket.socketpair()
@@ -338,7 +346,56 @@ class Launcher:
         # Not before: a worker that another process has to kill would end by itself at its end.
         if slot.stream is not None:
             await trio.aclose_forcefully(slot.stream)
+        remains += await self._wipe_card(slot)
         return await trio.to_thread.run_sync(wipe.look, slot.pid, reaped, remains, no_swap)
+
+    async def _wipe_card(self, slot: Slot) -> wipe.Steps:
+        """Zeros over the free memory of the card that a unit has used; then another process looks.
+
+        No step for a worker that has had none.
+        """
+        device = dict(slot.plan.limits).get("device", "cpu")
+        if device == "cpu" or slot.task is not None or not slot.was_given_bytes:
+            return ()
+        async with self._card_wipe:
+            # What is free is taken: another unit on the card would run out of memory.
+            shared = any(other.was_given_bytes and not other.task for other in self._others(slot))
+            cleared = not shared and await self._card_is_clear(slot.plan)
+        return (("gpu-memory-cleared", cleared),)
+
+    def _others(self, slot: Slot) -> list[Slot]:
+        """Other live workers on its card."""
+        return [
+            other
+            for other in self._slots.values()
+            if other is not slot and _card_of(other) == _card_of(slot) and not other.ended.is_set()
+        ]
+
+    async def _card_is_clear(self, plan: Plan) -> bool:
+        try:
+            with trio.fail_after(_CARD_DEADLINE_S):
+                cleared, marked = await self._ask_card(plan, b"clear")
+                looked_at, left = await self._ask_card(plan, b"look")
+        except (SandboxError, RemoteProtocolError, EOFError, trio.BrokenResourceError) as exc:
+            log.warning("gpu.not_cleared", reason=str(exc))
+            return False
+        except trio.TooSlowError:
+            log.warning("gpu.not_cleared", reason="it took too long")
+            return False
+        return cleared > 0 and looked_at > 0 and marked == left == 0
+
+    async def _ask_card(self, plan: Plan, order: bytes) -> tuple[int, int]:
+        """What one of worker/card.py's processes says: bytes, and how many of them are not 0."""
+        worker = await self.spawn_planned(plan, wall_s=_CARD_DEADLINE_S, task="card")
+        try:
+            await worker.stream.send_all(encode_frame(FrameKind.DATA, order))
+            _, body, _ = await _read_frame(worker.stream)
+        finally:
+            await worker.finish()
+        if len(body) != _CARD_ANSWER.size:
+            raise RemoteProtocolError(ErrorCode.MALFORMED, "the card's worker")
+        sizes: tuple[int, int] = _CARD_ANSWER.unpack(body)
+        return sizes
 
     def _swap_is_forbidden(self, slot: Slot) -> bool:
         return slot.group is not None and slot.group.swap_forbidden()
@@ -499,7 +556,7 @@ class Launcher:
             leftover.unlink()
 
 
-async def _read_frame(stream: trio.SocketStream) -> tuple[FrameKind, bytes, bytes]:
+async def _read_frame(stream: trio.abc.ReceiveStream) -> tuple[FrameKind, bytes, bytes]:
     """(kind, body, bytes behind it) of the first frame.  Raises EOFError at an early end."""
     decoder = FrameDecoder()
     received = b""
@@ -509,6 +566,11 @@ async def _read_frame(stream: trio.SocketStream) -> tuple[FrameKind, bytes, byte
         for kind, body in decoder:
             return kind, body, received[HEAD_BYTES + len(body) :]
     raise EOFError
+
+
+def _card_of(slot: Slot) -> tuple[object, ...]:
+    """Tells cards apart: each worker names its own "the first", the nodes behind that differ."""
+    return (dict(slot.plan.limits).get("device"), slot.plan.mounts, slot.plan.landlock)
 
 
 def _step_back(pid: int) -> None:

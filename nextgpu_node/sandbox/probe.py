@@ -29,14 +29,14 @@ from nextgpu_node.sandbox.policy import (
     plan_worker,
 )
 from nextgpu_node.sandbox.surroundings import Surroundings, read_surroundings
-from nextgpu_node.sandbox.zygote_process import PROBE_MODULE, connect_to_service, start_zygote
+from nextgpu_node.sandbox.zygote_process import TASK_MODULES, connect_to_service, start_zygote
 from nextgpu_protocol.framing import FrameDecoder, FrameKind
 
 _DEADLINE_S: Final = 20.0
 # The service imports torch before it answers.
 _SERVICE_DEADLINE_S: Final = 60.0
 _SPARE_UID: Final = 64999
-_REQUEST: Final = {"spawn": 1, "spare_uid": _SPARE_UID, "probe": True}
+_REQUEST: Final = {"spawn": 1, "spare_uid": _SPARE_UID, "task": "probe"}
 _POLICY: Final = WorkerPolicy(
     memory_bytes=256 * MIB, tmpfs_bytes=MIB, tmpfs_inodes=16, max_threads=4, cpu_s=10
 )
@@ -130,7 +130,7 @@ def _remedy(trouble: str) -> str:
 
 class _zygote(contextlib.AbstractContextManager[socket.socket]):  # noqa: N801  reads as a function
     def __enter__(self) -> socket.socket:
-        self._process, self._channel = start_zygote(PROBE_MODULE)
+        self._process, self._channel = start_zygote(TASK_MODULES["probe"])
         self._channel.settimeout(_DEADLINE_S)
         return self._channel
 

@@ -19,7 +19,7 @@ from nextgpu_node.errors import SandboxError
 from nextgpu_node.sandbox import cgroups, wipe
 from nextgpu_node.sandbox.launcher import Launcher
 from nextgpu_node.sandbox.policy import Plan, Tier
-from nextgpu_node.sandbox.slots import Slot
+from nextgpu_node.sandbox.slots import Slot, Task
 from nextgpu_node.sandbox.surroundings import Surroundings, read_surroundings
 from nextgpu_node.sandbox.zygote_link import ZygoteLink
 from nextgpu_node.sandbox.zygote_process import connect_to_service
@@ -48,8 +48,8 @@ class ServiceLauncher(Launcher):
         self._zygote_up = trio.Event()
         return zygote
 
-    def _open_slot(self, plan: Plan, zygote: ZygoteLink) -> Slot:
-        slot = super()._open_slot(plan, zygote)
+    def _open_slot(self, plan: Plan, zygote: ZygoteLink, task: Task | None = None) -> Slot:
+        slot = super()._open_slot(plan, zygote, task)
         slot.layers = (*slot.layers, *_around(slot).layers(self._own))
         assert self._nursery is not None
         self._nursery.start_soon(self._follow, zygote, slot)

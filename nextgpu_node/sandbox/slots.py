@@ -15,6 +15,8 @@ from nextgpu_node.sandbox.policy import Plan
 from nextgpu_node.sandbox.wipe import WipeReport
 from nextgpu_node.sandbox.zygote_link import ZygoteLink
 
+# What a worker is for, where it is not for a unit (zygote_process.TASK_MODULES).
+Task = Literal["card"]
 ExitReason = Literal["exited", "signalled", "oom", "timeout", "cpu-limit", "killed", "lost"]
 
 
@@ -37,9 +39,16 @@ class Slot:
     """What the launcher keeps about one worker from the request to the end of its wipe."""
 
     def __init__(
-        self, spawn_id: int, plan: Plan, group: cgroups.Group | None, zygote: ZygoteLink
+        self,
+        spawn_id: int,
+        plan: Plan,
+        group: cgroups.Group | None,
+        zygote: ZygoteLink,
+        task: Task | None = None,
     ) -> None:
         self.spawn_id = spawn_id
+        self.task = task
+        self.was_given_bytes = False
         self.plan = plan
         self.group = group
         self.zygote = zygote

@@ -45,7 +45,7 @@ from nextgpu_node.sandbox.confine import WORKER_FD, ConfineError, confine, names
 from nextgpu_node.sandbox.layout import read_layout
 from nextgpu_node.sandbox.policy import Plan, decode_plan
 from nextgpu_node.sandbox.surroundings import read_surroundings
-from nextgpu_node.sandbox.zygote_process import PROBE_MODULE
+from nextgpu_node.sandbox.zygote_process import TASK_MODULES
 from nextgpu_protocol.framing import FrameKind, encode_frame
 
 # A worker that could not be confined says why in an ERROR frame and ends with this code.
@@ -196,8 +196,8 @@ class Zygote:
         started = time.monotonic()
         pid, pidfd = syscalls.fork_with_namespaces(namespace_flags(plan), into_cgroup)
         if pid == 0:
-            if head.get("probe"):
-                self._module = importlib.import_module(PROBE_MODULE)
+            if head.get("task"):
+                self._module = importlib.import_module(TASK_MODULES[head["task"]])
             self._become_worker(plan, program, head["spare_uid"], socket_fd)
         self._children[pidfd] = _Child(head["spawn"], pid, started)
         self._poll.register(pidfd, select.POLLIN)

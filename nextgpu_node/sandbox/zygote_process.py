@@ -10,7 +10,11 @@ from typing import Final
 
 # systemd/nextgpu-worker.socket: one connection, one service instance, one worker.
 SERVICE_SOCKET: Final = "/run/nextgpu-worker.sock"
-PROBE_MODULE: Final = "nextgpu_node.sandbox.probe_worker"
+# What a zygote's fork may be instead of a worker for a unit, by the word for it in a spawn request.
+TASK_MODULES: Final = {
+    "probe": "nextgpu_node.sandbox.probe_worker",
+    "card": "nextgpu_node.worker.card",
+}
 
 ENVIRONMENT: Final = {
     # numpy's import would start threads, and a fork needs a process with one.

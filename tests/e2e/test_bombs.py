@@ -15,7 +15,7 @@ pytest.importorskip("cloudpickle")
 
 _SETTINGS = {
     "sharing.max_memory": "512 MiB",
-    "sharing.max_unit_seconds": "3",
+    "sharing.max_unit_seconds": "2",
     "sharing.max_concurrent_units": "5",
     "sharing.warm_workers": "0",
 }
