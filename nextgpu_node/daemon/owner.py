@@ -107,7 +107,7 @@ class OwnerWatch:
             else:
                 self._reading = None
             self._publish()
-            with trio.move_on_after(self._period_s):
+            with trio.move_on_after(self.period_s):
                 await self._wake.wait()
 
     def say(self, *, enabled: bool, order: Order = "lend", until_ms: int = 0) -> None:
@@ -123,7 +123,8 @@ class OwnerWatch:
         self._wake.set()
 
     @property
-    def _period_s(self) -> float:
+    def period_s(self) -> float:
+        """How long until the machine is looked at again."""
         if not self._owner.switch.enabled:
             return float("inf")
         rules = self._owner.rules

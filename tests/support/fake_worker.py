@@ -20,6 +20,7 @@ class FakeWorker:
     def __init__(self) -> None:
         self.stream, self.inside = trio.testing.memory_stream_pair()
         self.finished = False
+        self.asked_to_give_back = trio.Event()
         self._ending: WorkerExit | None = None
         self._ended = trio.Event()
         self._wall_scope = trio.CancelScope()
@@ -29,6 +30,9 @@ class FakeWorker:
         with self._wall_scope:
             await trio.sleep_forever()
         await self.end("timeout")
+
+    def ask_to_give_back(self) -> None:
+        self.asked_to_give_back.set()
 
     def restart_clock(self, wall_s: float) -> None:
         self._wall_scope.deadline = trio.current_time() + wall_s

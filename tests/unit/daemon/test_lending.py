@@ -17,7 +17,8 @@ import trio.testing
 
 from nextgpu_node.clock import now_ms
 from nextgpu_node.core.lending import Lending, UnitState
-from nextgpu_node.daemon.lending import LentUnit
+from nextgpu_node.daemon.bandwidth import Bandwidth, Line
+from nextgpu_node.daemon.lending import GRACE_S, LentUnit
 from nextgpu_node.frames import FrameStream
 from nextgpu_node.identity import Identity, SecretKey
 from nextgpu_node.store.token_ledger import TokenLedger
@@ -77,7 +78,9 @@ async def _no_former_keys(_request: Signed[UnitRequest]) -> frozenset[PeerKey]:
 
 
 @asynccontextmanager
-async def lent(tmp_path: Path, streams: Any = None) -> AsyncIterator[Lent]:
+async def lent(
+    tmp_path: Path, streams: Any = None, line: Line | None = None
+) -> AsyncIterator[Lent]:
     """`streams`: the submitter's and the provider's end, where they are special."""
     theirs, ours = streams or trio.testing.lockstep_stream_pair()
     worker: Any = FakeWorker()
@@ -88,8 +91,9 @@ async def lent(tmp_path: Path, streams: Any = None) -> AsyncIterator[Lent]:
     decider = Lending(PeerKey(bytes(PROVIDER.verify_key)), POLICY, table_version=1)
     identity, ledger = Identity(SecretKey(bytes(PROVIDER))), TokenLedger(tmp_path / "tokens")
     unit = LentUnit(
-        1, ours, SENDER, decider, take_worker, "test", identity, ledger, _no_former_keys
-    )
+        1, ours, SENDER, decider, take_worker, "test", identity, ledger, _no_former_keys,
+        line=line,
+    )  # fmt: skip
     with trio.fail_after(300):
         async with trio.open_nursery() as nursery:
 
@@ -218,3 +222,79 @@ async def test_after_a_frame_that_was_cut_nothing_is_sent() -> None:
         await frames.send(FrameKind.DATA, bytes(100))
     with pytest.raises(trio.BrokenResourceError):
         await frames.send(FrameKind.RECEIPT)
+
+
+# --- the owner is back ----------------------------------------------------------------------------
+
+
+async def test_a_worker_that_hears_nothing_is_killed_after_its_grace(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        await one.take_up()
+        one.unit.give_back()
+        await one.worker.asked_to_give_back.wait()
+        assert (await one.receipt()).status == "owner_stopped"
+        assert trio.current_time() == pytest.approx(GRACE_S, abs=0.1)
+        assert one.worker.finished
+
+
+async def test_what_a_worker_saves_reaches_a_submitter_that_reads_slowly(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    """The worker is gone in time; its last state is still on its way when the grace is over."""
+    async with lent(tmp_path) as one:
+        await one.take_up()
+        one.unit.give_back()
+        await one.worker.asked_to_give_back.wait()
+        saved = encode_frame(FrameKind.DATA, bytes(1000)) * 3 + encode_frame(FrameKind.END)
+        await one.worker.inside.send_all(saved)
+        await one.worker.end("exited", 15)
+        await trio.sleep(5 * GRACE_S)
+        kinds = [(await one.frames.receive_untrusted() or (None,))[0] for _ in range(4)]
+        assert kinds == [FrameKind.DATA, FrameKind.DATA, FrameKind.DATA, FrameKind.END]
+        receipt = await one.receipt()
+        assert (receipt.status, receipt.metering.output_bytes) == ("owner_stopped", 3000)
+
+
+async def test_an_offer_is_withdrawn_when_the_owner_returns(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        await one.ask()
+        one.decider.policy = replace(POLICY, sharing=False, reason="paused by its owner")
+        one.unit.give_back()
+        refusal = decode_message_untrusted(
+            Refusal, await one.frames.expect_untrusted(FrameKind.ERROR)
+        )
+        assert refusal.error_code() is ErrorCode.NOT_SHARING
+        assert refusal.detail == "paused by its owner"
+        assert not one.worker.asked_to_give_back.is_set()
+
+
+async def test_what_ran_is_remembered_without_what_it_was(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with lent(tmp_path) as one:
+        await one.take_up()
+        await one.frames.send(FrameKind.DATA, bytes(500))
+        await one.worker.end("exited", 10)
+        receipt = await one.receipt()
+        past = one.unit.past
+        assert past is not None
+        assert (past.peer, past.status, past.kind) == (SENDER, "failed", "program")
+        assert past.metering == receipt.metering
+        assert open_envelope_untrusted(Receipt, past.receipt).message == receipt
+
+
+async def test_the_owners_line_is_not_overrun(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    line = Line(Bandwidth(1000), Bandwidth())
+    async with lent(tmp_path, line=line) as one:
+        await one.take_up()
+        began_s = trio.current_time()
+        await one.worker.inside.send_all(encode_frame(FrameKind.DATA, bytes(1000)) * 5)
+        for _ in range(5):
+            await one.frames.expect_untrusted(FrameKind.DATA)
+        assert 3.8 <= trio.current_time() - began_s <= 6
