@@ -383,6 +383,8 @@ class NodeConfig:
 class NetworkConfig:
     listen: tuple[str, ...] = _setting(("/ip4/0.0.0.0/tcp/4650",), _MULTIADDRS)
     announce: tuple[str, ...] = _setting((), _MULTIADDRS)
+    lane: bool = _setting(True, Switch())
+    lane_port: int = _setting(0, Whole(0, 65_535))
     bootstrap: tuple[str, ...] = _setting(
         (), TextList('multiaddrs that end in "/p2p/12D3KooW…"', _is_peer_multiaddr)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import trio
@@ -61,7 +61,7 @@ class FrameStream:
                     raise RemoteProtocolError(ErrorCode.TRUNCATED, "inside a frame")
                 return None
             self._decoder.feed(data)
-            self._ready.extend(self._decoder)
+            self._ready.extend(self._incoming_untrusted(self._decoder))
         return self._ready.popleft()
 
     async def receive_ready_untrusted(self) -> list[Frame] | None:
@@ -99,8 +99,16 @@ class FrameStream:
             if self._is_cut:
                 raise trio.BrokenResourceError("an earlier frame was cut")
             self._is_cut = True
-            await self._stream.send_all(encode_frames(frames))
+            await self._stream.send_all(encode_frames(self._outgoing(frames)))
             self._is_cut = False
+
+    def _outgoing(self, frames: Sequence[Frame]) -> Sequence[Frame]:
+        """What goes onto this kind of stream in place of `frames`."""
+        return frames
+
+    def _incoming_untrusted(self, frames: Iterable[Frame]) -> Iterable[Frame]:
+        """What stands for the frames that came off it."""
+        return frames
 
     async def aclose(self) -> None:
         await self._stream.aclose()

@@ -26,6 +26,7 @@ from typing import Any
 import msgpack
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from nacl import bindings as sodium
 
 from nextgpu_protocol.errors import SENTENCES, ErrorCode
@@ -314,6 +315,7 @@ SIGNED: dict[str, tuple[Identity, Fields]] = {
 MESSAGES: dict[str, Fields] = {name: fields for name, (_, fields) in SIGNED.items()} | {
     "refusal": REFUSAL,
     "resumed": {"received": 12_345},
+    "lane ticket": {"port": 4651, "ticket": seed("lane ticket"), "lifetime_ms": 15_000},
     "manifest": MANIFEST,
     "summary": SUMMARY,
     "request token": {"blocks": [BLOCK_ENVELOPE], "use": USE_ENVELOPE},
@@ -506,6 +508,7 @@ def fields_of_another_size() -> Iterator[Vector]:
         ("ack", "receipt_hash", 31),
         ("resume", "unit_id", 15),
         ("resume", "header_hash", 33),
+        ("lane ticket", "ticket", 16),
     ]
     for type_, name, size in cases:
         data = changed(type_, **{name: bytes(size)})
@@ -550,13 +553,16 @@ def amounts_out_of_their_bounds() -> Iterator[Vector]:
         ("request", "output_bytes", 64 * GIB + 1),
         ("header", "chunk_bytes", 4095),
         ("header", "chunk_bytes", 262_145),
+        ("lane ticket", "port", 0),
+        ("lane ticket", "port", 65_536),
+        ("lane ticket", "lifetime_ms", 0),
+        ("lane ticket", "lifetime_ms", 30_001),
     ]
     for type_, name, value in cases:
         data = changed(type_, **{name: value})
         comment = f"{name} is {value}."
-        yield message(
-            f"{type_}-{name}-{value}".replace("_", "-"), comment, type_, data, "OVER_LIMIT"
-        )
+        title = f"{type_}-{name}-{value}".replace("_", "-")
+        yield message(title, comment, type_, data, "OVER_LIMIT")
 
 
 @scenario
@@ -1006,6 +1012,7 @@ KINDS = {
     "SUCCESSIONS": 12,
     "RESUME": 13,
     "RESUMED": 14,
+    "LANE": 15,
 }
 
 
@@ -1040,7 +1047,7 @@ def frames_that_are_wrong() -> Iterator[Vector]:
     comment = "Refused from the five bytes alone: 266240 is the limit."
     yield bad_frames("length-over", comment, over, "TOO_LARGE")
     yield bad_frames("length-huge", "2^32-1 bytes.", b"\xff\xff\xff\xff\5", "TOO_LARGE")
-    for kind in (0, 15, 31, 36, 50, 255):
+    for kind in (0, 16, 31, 36, 50, 255):
         data = struct.pack(">IB", 1, kind)
         yield bad_frames(f"kind-{kind}", "A kind that does not exist.", data, "MALFORMED")
     whole = frame("DATA", b"abc")
@@ -1481,6 +1488,102 @@ def streams_that_take_another_ones_place() -> Iterator[Vector]:
         comment = f"The last step, {wrong}, is not in the table of 47-resuming."
         steps = (*before, wrong)
         yield session(f"resuming-{name}", comment, steps, "UNEXPECTED_MESSAGE", state, "resuming")
+
+
+# ------------------------------------------------------------------ the bulk lane
+
+TICKET = seed("lane ticket")
+LANE_ENDS = {
+    "unit_id": HEADER["unit_id"],
+    "submitter_peer": SUBMITTER.public,
+    "provider_peer": PROVIDER.public,
+}
+
+
+def ticketed(label: str, data: bytes = b"", ticket: bytes = TICKET) -> bytes:
+    return hashlib.blake2b(domain(label) + data, key=ticket, digest_size=32).digest()
+
+
+def lane_hello(ticket: bytes = TICKET) -> bytes:
+    return domain("lane") + ticketed("lane id", ticket=ticket)[:16]
+
+
+def on_lane(
+    kind: str, body: bytes, number: int, sender: str = "S", ticket: bytes = TICKET, **ends: bytes
+) -> bytes:
+    """Frame `number` of a lane."""
+    if kind != "DATA":
+        bound = b"".join((LANE_ENDS | ends).values())
+        key = ticketed(f"lane {sender}", bound, ticket)
+        nonce = bytes(4) + number.to_bytes(8)
+        body = ChaCha20Poly1305(key).encrypt(nonce, body, bytes([KINDS[kind]]))
+    return frame(kind, body)
+
+
+RESUMED_BODY = pack(plain({"received": 40}))
+LANE_FRAMES = [("RESUMED", RESUMED_BODY), ("DATA", b"sealed chunk"), ("DATA", b""), ("END", b"")]
+
+
+def whole_lane(**changes: Any) -> list[bytes]:
+    return [on_lane(kind, body, i, **changes) for i, (kind, body) in enumerate(LANE_FRAMES)]
+
+
+def lane(name: str, comment: str, data: bytes, expect: str = "BAD_SEAL", **ends: Any) -> Vector:
+    params = {"ticket": TICKET} | LANE_ENDS | ends
+    decoded = [list(each) for each in LANE_FRAMES] if expect == "ok" else None
+    return Vector(f"lane-{name}", comment, "lane", data, expect, params, decoded)
+
+
+@scenario
+def a_lane_that_is_right() -> Iterator[Vector]:
+    data = lane_hello() + b"".join(whole_lane())
+    yield lane("right", "A number, two DATA frames, an END.", data, "ok")
+
+
+@scenario
+def lanes_without_their_ticket() -> Iterator[Vector]:
+    good = b"".join(whole_lane())
+    other = seed("another ticket")
+    yield lane("of-another", "The id of another lane.", lane_hello(other) + good, "UNKNOWN_UNIT")
+    comment = "The right id, seen on the way, without the ticket."
+    yield lane("without-ticket", comment, lane_hello() + b"".join(whole_lane(ticket=other)))
+    for name in LANE_ENDS:
+        changed_end = bytes(len(LANE_ENDS[name]))
+        comment = f"The reader knows another {name}."
+        yield lane(f"other-{name}".replace("_", "-"), comment, lane_hello() + good,
+                   **{name: changed_end})  # fmt: skip
+    hello = lane_hello()
+    yield lane("hello-cut", "The hello ends early.", hello[:-1], "TRUNCATED")
+    yield lane("hello-empty", "Nothing.", b"", "TRUNCATED")
+    http = b"GET / HTTP/1.1\r\nHost: a.example.org\r\n\r\n"
+    yield lane("hello-http", "Another protocol knocks.", http, "MALFORMED")
+
+
+@scenario
+def lanes_that_were_disturbed() -> Iterator[Vector]:
+    first, one, two, end = whole_lane()
+    hello, reflected = lane_hello(), whole_lane(sender="P")
+    cancel = on_lane("CANCEL", b"", 3)
+    cases = {
+        "reflected": [*reflected],
+        "data-dropped": [first, one, end],
+        "data-twice": [first, one, one, two, end],
+        "data-added": [first, frame("DATA", b"forged"), one, two, end],
+        "end-early": [first, one, end, two],
+        "number-twice": [first, first, one, two, end],
+        "end-as-cancel": [first, one, two, frame("CANCEL", end[5:])],
+        "cancel-as-end": [first, one, two, frame("END", cancel[5:])],
+        "end-in-clear": [first, one, two, frame("END")],
+        "cancel-in-clear": [first, one, two, frame("CANCEL", bytes(16))],
+        "bit-of-number": [flipped(first, 8 * 6), one, two, end],
+        "bit-of-mac": [first, one, two, flipped(end, 8 * (len(end) - 1))],
+    }
+    for name, parts in cases.items():
+        yield lane(name, "One thing was done on the way.", hello + b"".join(parts))
+    cut = hello + first + one + two + end[:-1]
+    yield lane("cut", "The connection ends inside a frame.", cut, "TRUNCATED")
+    huge = struct.pack(">IB", 266_241, 5)
+    yield lane("length-over", "Refused from its head.", hello + first + huge, "TOO_LARGE")
 
 
 # ------------------------------------------------------------------ capability tokens

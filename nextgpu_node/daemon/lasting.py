@@ -59,6 +59,7 @@ class LastingFrames:
         self._is_cut = False
         self._grace_s: float | None = None
         self._waits_until = math.inf
+        self._suspended: set[Link] = set()
         self._changed = trio.lowlevel.ParkingLot()
 
     # --- frames, as FrameStream has them --------------------------------------------------
@@ -142,20 +143,31 @@ class LastingFrames:
 
     def detach(self) -> int:
         """Give up the link that there is; how many frames have come, which from now on stands."""
+        self.suspend()
+        self._drop_suspended()
+        return self._received
+
+    def suspend(self) -> None:
+        """As `detach`, but the stream stays open until another takes its place: to close it would
+        tell the peer that the unit is over."""
         links = self._links()
+        if links:
+            self._waits_until = trio.current_time() + (self._grace_s or 0)
+        self._suspended |= links
         self._receiving = self._sending = None
-        for link in links:
+        self._changed.unpark_all()
+
+    def _drop_suspended(self) -> None:
+        for link in self._suspended:
             link.over.set()
             abort = getattr(link.stream, "abort", None)
             if abort is not None:
                 abort()
-            self._waits_until = trio.current_time() + (self._grace_s or 0)
-        self._changed.unpark_all()
-        return self._received
+        self._suspended.clear()
 
     def finish(self) -> None:
         """The unit is over: whoever owns the stream that carries it may close it."""
-        for link in self._links():
+        for link in self._links() | self._suspended:
             link.over.set()
 
     def _links(self) -> set[Link]:
@@ -174,13 +186,16 @@ class LastingFrames:
     def sent(self) -> int:
         return self._sent.count
 
-    async def attach(self, stream: LinkStream, peer_received: int) -> Link:
+    async def attach(
+        self, stream: LinkStream, peer_received: int, frames: FrameStream | None = None
+    ) -> Link:
         """Go on over `stream`: send what the peer lacks, then let everybody send again.
 
+        `frames` reads and writes it, where something has been said on it, or in another way.
         Returns once that is done, or the link is over already.  Raises RemoteProtocolError where
         what the peer lacks is not held.
         """
-        link, at = Link(stream, FrameStream(stream)), peer_received
+        link, at = Link(stream, frames or FrameStream(stream)), peer_received
         lacking = self._sent.after_untrusted(at)
         self.detach()
         self._receiving = link

@@ -35,7 +35,7 @@ from nextgpu_node.sandbox.slots import WorkerExit
 from nextgpu_node.store.token_ledger import TokenLedger
 from nextgpu_node.store.unit_history import PastUnit
 from nextgpu_protocol.checks import LentUnitLink, check_resume_untrusted
-from nextgpu_protocol.codec import encode_message
+from nextgpu_protocol.codec import decode_message_untrusted, encode_message
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import Frame, FrameKind
@@ -377,6 +377,18 @@ class LentUnit:
         """Go on over `stream`, on which the submitter came back.  The caller closes it when the
         link is over.  Raises RemoteProtocolError, and the unit is as it was.
         """
+        self.check_submitter_untrusted(resume, sender)
+        received = self._frames.detach()
+        with trio.fail_after(_SEND_DEADLINE_S):
+            answer = encode_message(UnitResumed(received))
+            await FrameStream(stream).send(FrameKind.RESUMED, answer)
+        if self._attempt != resume.message.attempt:
+            raise RemoteProtocolError(ErrorCode.REPLAYED, "a later attempt came meanwhile")
+        log.info("unit.resumed", unit_id=self.unit_id)
+        return await self._frames.attach(stream, resume.message.received)
+
+    def check_submitter_untrusted(self, resume: Signed[UnitResume], sender: PeerId) -> None:
+        """Is this the unit's submitter, over a connection of its own, for the first time?"""
         if self._running is None:
             raise RemoteProtocolError(ErrorCode.UNKNOWN_UNIT)
         header = self._running.header
@@ -391,14 +403,24 @@ class LentUnit:
         )
         check_resume_untrusted(resume, link, public_key_from_peer_id(sender), now_ms=now_ms())
         self._attempt = resume.message.attempt
+
+    async def check_lane_untrusted(self, lane: FrameStream, attempt: int) -> int:
+        """How many frames the submitter has.  That this opens shows that it has the ticket."""
+        body = await lane.expect_untrusted(FrameKind.RESUMED)
+        received = decode_message_untrusted(UnitResumed, body).received
+        if attempt != self._attempt or self.finished.is_set():
+            raise RemoteProtocolError(ErrorCode.REPLAYED, "a later attempt came meanwhile")
+        if not self._frames.kept_from <= received <= self._frames.sent:
+            raise RemoteProtocolError(ErrorCode.WRONG_OFFSET, "received")
+        return received
+
+    async def enter_lane(self, stream: LinkStream, lane: FrameStream, peer_received: int) -> Link:
+        """Go on over a lane that was checked; as `resume_untrusted`."""
         received = self._frames.detach()
         with trio.fail_after(_SEND_DEADLINE_S):
-            answer = encode_message(UnitResumed(received))
-            await FrameStream(stream).send(FrameKind.RESUMED, answer)
-        if self._attempt != resume.message.attempt:
-            raise RemoteProtocolError(ErrorCode.REPLAYED, "a later attempt came meanwhile")
-        log.info("unit.resumed", unit_id=self.unit_id)
-        return await self._frames.attach(stream, resume.message.received)
+            await lane.send(FrameKind.RESUMED, encode_message(UnitResumed(received)))
+        log.info("unit.on_lane", unit_id=self.unit_id)
+        return await self._frames.attach(stream, peer_received, lane)
 
     def _stoppable(self) -> trio.CancelScope:
         scope = trio.CancelScope()

@@ -37,7 +37,12 @@ from nextgpu_node.api_types import (
     UnitView,
 )
 from nextgpu_node.config import Config, read_changes, set_values, with_changes
-from nextgpu_node.daemon.borrowing import RESUME_PROTOCOL, UNIT_PROTOCOL, Borrowing
+from nextgpu_node.daemon.borrowing import (
+    LANE_PROTOCOL,
+    RESUME_PROTOCOL,
+    UNIT_PROTOCOL,
+    Borrowing,
+)
 from nextgpu_node.daemon.desk import OwnersDesk
 from nextgpu_node.daemon.devices import HostDevices
 from nextgpu_node.daemon.history import History
@@ -63,6 +68,7 @@ from nextgpu_node.daemon.tokens import Tokens
 from nextgpu_node.errors import ConfigError
 from nextgpu_node.hostinfo.sensors import HostSensors, Sensors
 from nextgpu_node.identity import Identity
+from nextgpu_node.p2p.lanes import LaneListener
 from nextgpu_node.p2p.network import Network
 from nextgpu_node.p2p.settings import P2PSettings
 from nextgpu_node.p2p.streams import PeerStream
@@ -92,15 +98,15 @@ class Node:
             config.network.remember_peers and config.node.identity == "persistent"
         )
         known_peers = load_known_peers(paths.known_peers_file, allowed=self._remembers_peers)
-        self._network = Network(
-            _p2p_settings(config, identity, known_peers),
-            {
-                UNIT_PROTOCOL: self._serve_unit,
-                RESUME_PROTOCOL: self._serve_resume,
-                CAPACITY_PROTOCOL: self._serve_capacity,
-                SUCCESSIONS_PROTOCOL: self._serve_successions,
-            },
-        )
+        handlers = {
+            UNIT_PROTOCOL: self._serve_unit,
+            RESUME_PROTOCOL: self._serve_resume,
+            CAPACITY_PROTOCOL: self._serve_capacity,
+            SUCCESSIONS_PROTOCOL: self._serve_successions,
+        }
+        if self._has_lanes:
+            handlers[LANE_PROTOCOL] = self._serve_lane_request
+        self._network = Network(_p2p_settings(config, identity, known_peers), handlers)
         self._history = History(paths.unit_history_file, config.history)
         self._provider = Provider(
             config.sharing,
@@ -118,6 +124,11 @@ class Node:
         self._desk = self._make_desk()
         self._local_clients = trio.CapacityLimiter(_MAX_LOCAL_CLIENTS)
 
+    @property
+    def _has_lanes(self) -> bool:
+        """A node that only dials out can not be dialled for a lane either."""
+        return self._config.network.lane and bool(self._config.network.listen)
+
     async def run(
         self, *, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
     ) -> None:
@@ -133,6 +144,8 @@ class Node:
             async with trio.open_nursery() as nursery:
                 self._addresses = await nursery.start(self._network.run)
                 await nursery.start(self._desk.run)
+                if self._has_lanes:
+                    await self._open_lanes(nursery)
                 await nursery.start(api_server.run, self, self._paths.api_socket, self._desk)
                 nursery.start_soon(self._serve_unit_socket, unit_socket)
                 nursery.start_soon(self._devices.run)
@@ -156,6 +169,11 @@ class Node:
 
         web = Web(make_app, config.port, self._paths.web_token_file)
         return OwnersDesk(self, self.gpus, self._paths, web, open_web=config.open)
+
+    async def _open_lanes(self, nursery: trio.Nursery) -> None:
+        network, lanes = self._config.network, self._provider.lanes
+        listener = LaneListener(network.listen, network.lane_port)
+        lanes.opens(await nursery.start(listener.run, lanes.serve))
 
     async def stop_lending(self) -> None:
         """Before a shutdown: every lent unit gets its wipe and its receipt, and the network hears
@@ -282,6 +300,9 @@ class Node:
 
     async def _serve_resume(self, stream: PeerStream) -> None:
         await self._provider.resume_unit(stream)
+
+    async def _serve_lane_request(self, stream: PeerStream) -> None:
+        await self._provider.give_lane(stream)
 
     async def _serve_capacity(self, stream: PeerStream) -> None:
         await serve_capacity(stream, self._provider.capacity_record)

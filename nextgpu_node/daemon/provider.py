@@ -24,6 +24,7 @@ from nextgpu_node.core.owner import Decision
 from nextgpu_node.daemon.bandwidth import Line
 from nextgpu_node.daemon.devices import HostDevices, as_message
 from nextgpu_node.daemon.history import History
+from nextgpu_node.daemon.lanes import LaneDesk
 from nextgpu_node.daemon.lending import LentUnit
 from nextgpu_node.daemon.owner import OwnerWatch, Watched
 from nextgpu_node.daemon.successions import FormerKeys
@@ -45,7 +46,8 @@ from nextgpu_protocol.codec import encode_message
 from nextgpu_protocol.envelope import Signed, open_envelope_untrusted, sign_message
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import FrameKind
-from nextgpu_protocol.ids import PeerId, PeerKey
+from nextgpu_protocol.ids import PeerId, PeerKey, public_key_from_peer_id
+from nextgpu_protocol.lane import LaneEnds
 from nextgpu_protocol.messages import (
     SUITE,
     Capacity,
@@ -102,6 +104,7 @@ class Provider:
         self._python_launcher: Launcher | None = None
         self._python_policy: WorkerPolicy | None = None
         self._session_ids = itertools.count(1)
+        self.lanes = LaneDesk()
         self._units: dict[int, LentUnit] = {}
         self.sandbox = SandboxReport(tier="none", layers=(), missing=())
         self._watch = OwnerWatch(config, sensors, owner_file, self._watched, self._nudge)
@@ -557,6 +560,27 @@ class Provider:
                 await frames.send(FrameKind.REFUSAL, refusal)
             return
         await link.over.wait()
+
+    async def give_lane(self, stream: PeerStream) -> None:
+        """Answer a submitter that asks for a bulk lane to its unit."""
+        frames = FrameStream(stream)
+        with trio.fail_after(_RESUME_DEADLINE_S):
+            body = await frames.expect_untrusted(FrameKind.RESUME)
+            try:
+                resume = open_envelope_untrusted(UnitResume, body)
+                unit = self._unit_untrusted(resume.message.unit_id)
+                unit.check_submitter_untrusted(resume, PeerId(stream.peer_id))
+            except RemoteProtocolError as exc:
+                refusal = encode_message(Refusal(int(exc.code), exc.detail[:200]))
+                await frames.send(FrameKind.REFUSAL, refusal)
+                return
+            ends = LaneEnds(
+                unit_id=resume.message.unit_id,
+                submitter_peer=public_key_from_peer_id(stream.peer_id),
+                provider_peer=self._identity.public_key,
+            )
+            ticket = self.lanes.issue(unit, resume.message.attempt, ends)
+            await frames.send(FrameKind.LANE, encode_message(ticket))
 
     def _unit_untrusted(self, unit_id: bytes) -> LentUnit:
         for unit in self._units.values():

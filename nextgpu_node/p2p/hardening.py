@@ -139,7 +139,7 @@ class HardenedSwarm(Swarm):  # type: ignore[misc]
         self, read_write_closer: ReadWriteCloser, maddr: Multiaddr, failure_event: object
     ) -> None:
         remote = remote_address(read_write_closer.stream)
-        ip = _neighbourhood(remote[0]) if remote else ""
+        ip = neighbourhood(remote[0]) if remote else ""
         if self._per_ip[ip] >= self._settings.max_connections_per_ip:
             await read_write_closer.close()
             return
@@ -275,7 +275,7 @@ class HardenedHost(BasicHost):  # type: ignore[misc]
             self._on_identified(peer_id)
 
 
-def _neighbourhood(ip: str) -> str:
+def neighbourhood(ip: str) -> str:
     """What one caller can choose from freely: an IPv4 address, or a /64 of IPv6."""
     address = ipaddress.ip_address(ip)
     if isinstance(address, ipaddress.IPv4Address):

@@ -136,7 +136,7 @@ def _parse(text: str) -> Multiaddr:
         raise NetworkError(f"{text!r} is not a multiaddr such as /ip4/0.0.0.0/tcp/4001.") from exc
 
 
-def _host_and_port(address: Multiaddr) -> tuple[str, int]:
+def host_and_port(address: Multiaddr) -> tuple[str, int]:
     name = address.protocols()[0].name
     return address.value_for_protocol(name), int(address.value_for_protocol("tcp"))
 
@@ -147,7 +147,7 @@ async def check_port_is_free(address: Multiaddr) -> None:
     libp2p sets SO_REUSEPORT, so that a second node on a port starts without a word and the two
     share the callers between them; and it logs other failures instead of raising them.
     """
-    ip, port = _host_and_port(address)
+    ip, port = host_and_port(address)
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # Lets go of connections in TIME_WAIT from a previous run, not of a listener.
@@ -195,7 +195,7 @@ def _addresses_to_tell(
 
 
 def _concrete(address: Multiaddr) -> list[Multiaddr]:
-    ip, port = _host_and_port(address)
+    ip, port = host_and_port(address)
     if not ipaddress.ip_address(ip).is_unspecified:
         return [address]
     version = ipaddress.ip_address(ip).version

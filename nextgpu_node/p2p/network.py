@@ -158,6 +158,15 @@ class Network:
         except BaseLibp2pError as exc:
             raise PeerLost("The connection to the peer was lost.") from exc
 
+    def ip_of(self, peer_id: str) -> str | None:
+        """The address at which a peer is connected now; None where it is not, or not directly."""
+        host = self._running_host()
+        for conn in host.get_network().get_connections(self._parse_peer_id(peer_id)):
+            address: tuple[str, int] | None = conn.muxed_conn.get_remote_address()
+            if address is not None and not conn.is_closed:
+                return address[0]
+        return None
+
     def connected_peers(self) -> int:
         """How many peers this node is connected to."""
         return 0 if self._host is None else len(self._host.get_connected_peers())

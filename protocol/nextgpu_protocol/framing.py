@@ -35,6 +35,7 @@ class FrameKind(IntEnum):
     SUCCESSIONS = 12
     RESUME = 13
     RESUMED = 14
+    LANE = 15
     CONNECT = 32
     CONNECTED = 33
     SIGN = 34

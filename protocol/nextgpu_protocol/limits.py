@@ -44,6 +44,9 @@ MAX_MANIFEST_BYTES: Final = 4 * KIB
 # What a side keeps of the frames that it sent last, for a connection that breaks.  More than can be
 # on its way: a stream's window (4 MiB here), and what its reader holds.
 RESUME_BYTES: Final = 8 * MIB
+# A ticket opens a lane at once or never.
+LANE_TICKET_BYTES: Final = 32
+MAX_LANE_TICKET_MS: Final = 30 * 1000
 # How long a unit waits for its submitter to come back.
 RESUME_GRACE_MS: Final = 30 * 1000
 

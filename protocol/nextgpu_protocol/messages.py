@@ -14,11 +14,13 @@ from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.ids import KEY_BYTES, UNIT_ID_BYTES
 from nextgpu_protocol.limits import (
     CHUNK_PLAINTEXT_BYTES,
+    LANE_TICKET_BYTES,
     MAX_ADDRESS_BYTES,
     MAX_ADDRESSES,
     MAX_ANNOUNCEMENT_LIFETIME_MS,
     MAX_CAPACITY_LIFETIME_MS,
     MAX_CLOCK_SKEW_MS,
+    MAX_LANE_TICKET_MS,
     MAX_MEMORY_BYTES,
     MAX_OFFER_LIFETIME_MS,
     MAX_REQUEST_LIFETIME_MS,
@@ -158,6 +160,22 @@ class UnitResumed:
     """The provider goes on too.  Not signed, as a Refusal is not."""
 
     received: int  # whole frames of the submitter that came
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LaneTicket:
+    """Opens one lane to one unit, once.  Secret, and not signed: it travels between the two nodes
+    alone, over their authenticated connection.  Spec: 48-lane.md
+    """
+
+    port: int  # TCP, at the address at which the provider was reached
+    ticket: bytes
+    lifetime_ms: int  # from when it is received; a clock of one's own tells
+
+    def validate(self) -> None:
+        _exact("LaneTicket.ticket", self.ticket, LANE_TICKET_BYTES)
+        _within("LaneTicket.port", self.port, 1, 65_535)
+        _within("LaneTicket.lifetime_ms", self.lifetime_ms, 1, MAX_LANE_TICKET_MS)
 
 
 UNIT_STATUSES: Final = (

@@ -1,5 +1,5 @@
 """Which frame may follow which, between two peers.  Spec: 45-session.md and 47-resuming.md (printed
-from here)
+from here), 48-lane.md
 
 S is the submitter, P the provider.  Both ends run the same table: the side that receives treats
 an absent row as the peer's fault, the side that sends treats it as its own bug.
@@ -76,6 +76,14 @@ TRANSITIONS: Table = {
 RESUMPTION: Table = {
     (_S.IDLE, "S", _K.RESUME): _S.REQUESTED,
     (_S.REQUESTED, "P", _K.RESUMED): _S.STREAMING,
+    (_S.REQUESTED, "P", _K.REFUSAL): _S.CLOSED,
+}
+
+
+# How the submitter asks for a lane.
+LANE_ASKING: Table = {
+    (_S.IDLE, "S", _K.RESUME): _S.REQUESTED,
+    (_S.REQUESTED, "P", _K.LANE): _S.CLOSED,
     (_S.REQUESTED, "P", _K.REFUSAL): _S.CLOSED,
 }
 

@@ -16,7 +16,7 @@ from nextgpu_node.sdk.client import open_client
 from nextgpu_node.sdk.events import ReceiptVerified, StepResult
 from nextgpu_protocol.limits import MIB
 from nextgpu_protocol.messages import Receipt
-from tests.support.cut_proxy import CutProxy, cut_proxy, free_port
+from tests.support.cut_proxy import HOST, CutProxy, cut_proxy, free_port
 from tests.support.nodes import Trio, network_of_three
 
 DEAD_END = '["/ip4/127.0.0.1/tcp/9"]'
@@ -24,19 +24,26 @@ DEAD_END = '["/ip4/127.0.0.1/tcp/9"]'
 
 @dataclass
 class CutNetwork:
-    """The provider is reached through `line` alone, and reaches the submitter not at all."""
+    """The provider stands behind a router: it is reached through `line`, its bulk lane through
+    `lane`, and it reaches the submitter not at all."""
 
     nodes: Trio
     line: CutProxy
+    lane: CutProxy
+
+    def times_on_lane(self) -> int:
+        return self.nodes.log.read_text("utf-8", "replace").count("unit.on_lane")
 
 
 @pytest.fixture(scope="module")
-def cut_network() -> Iterator[CutNetwork]:
-    with cut_proxy() as line:
-        line.target_port = free_port()
+def network() -> Iterator[CutNetwork]:
+    lane_port = free_port()
+    with cut_proxy() as line, cut_proxy(lane_port) as lane:
+        line.target_port, lane.target_port = free_port(), lane_port
         lending = {
             "network.listen": json.dumps([f"/ip4/127.0.0.1/tcp/{line.target_port}"]),
-            "network.announce": json.dumps([f"/ip4/127.0.0.1/tcp/{line.port}"]),
+            "network.announce": json.dumps([f"/ip4/{HOST}/tcp/{line.port}"]),
+            "network.lane_port": str(lane_port),
             "sharing.max_memory": "6 GiB",
             "sharing.max_input": "4 GiB",
             "sharing.max_output": "4 GiB",
@@ -44,7 +51,17 @@ def cut_network() -> Iterator[CutNetwork]:
         }
         borrowing = {"network.announce": DEAD_END}
         with network_of_three(lending, borrowing) as nodes:
-            yield CutNetwork(nodes, line)
+            yield CutNetwork(nodes, line, lane)
+
+
+@pytest.fixture
+def cut_network(network: CutNetwork) -> Iterator[CutNetwork]:
+    """Without the lane: its port can not be reached, as behind most routers."""
+    network.lane.refuse(True)
+    before = network.times_on_lane()
+    yield network
+    network.lane.refuse(False)
+    assert network.times_on_lane() == before
 
 
 class Ends(torch.nn.Module):
@@ -126,6 +143,23 @@ async def test_results_go_on_where_their_connection_broke(cut_network: CutNetwor
             (result,), receipt = await run(cut_network.nodes, Grow(size), numbers(4096))
     assert line.cuts == cuts_before + 1
     assert torch.equal(result, numbers(4096).repeat(size // 4096))
+    assert receipt.status == "done"
+
+
+async def test_a_large_unit_moves_to_the_lane_and_back_where_that_breaks(
+    network: CutNetwork,
+) -> None:
+    size, line, lane = 64 * MIB, network.line, network.lane
+    x, times = numbers(size), network.times_on_lane()
+    before, cuts = line.forwarded_bytes, lane.cuts
+    lane.cut_at(lane.forwarded_bytes + size // 2)
+    with trio.fail_after(60):
+        (head, tail), receipt = await run(network.nodes, Ends(), x)
+    assert network.times_on_lane() == times + 1
+    assert lane.cuts == cuts + 1
+    assert line.forwarded_bytes - before > size // 4
+    assert torch.equal(head, x[:4096])
+    assert torch.equal(tail, x[-4096:])
     assert receipt.status == "done"
 
 

@@ -31,6 +31,7 @@ from nextgpu_protocol.messages import (
     Capacity,
     DeviceInfo,
     HeldToken,
+    LaneTicket,
     Metering,
     Offer,
     Predecessor,
@@ -87,6 +88,7 @@ def type_text(hint: Any) -> str:
 
 PAGE_OF: dict[Any, str] = {
     **dict.fromkeys((TokenBlock, TokenUse, Token, HeldToken), "75-tokens.md"),
+    LaneTicket: "48-lane.md",
     **dict.fromkeys((UnitResume, UnitResumed), "47-resuming.md"),
     **dict.fromkeys((Announcement, Contact, FindNode, Nodes, StoreItem), "72-discovery.md"),
     **dict.fromkeys((Store, StoreResult, Stored, Find, Found), "72-discovery.md"),

@@ -38,4 +38,5 @@ def test_most_vectors_fail_and_name_a_known_code() -> None:
 
 def test_every_kind_of_vector_has_one_that_passes() -> None:
     kinds = {"message", "envelope", "frame", "stream", "session", "token", "successions", "check"}
+    kinds |= {"lane"}
     assert {vector.kind for vector in VECTORS if vector.expect == "ok"} == kinds

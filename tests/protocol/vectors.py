@@ -23,10 +23,18 @@ from nextgpu_protocol.envelope import Signed, open_envelope_untrusted
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
 from nextgpu_protocol.framing import Frame, FrameDecoder, FrameKind
 from nextgpu_protocol.ids import PeerKey
+from nextgpu_protocol.lane import (
+    HELLO_BYTES,
+    LaneCipher,
+    LaneEnds,
+    lane_id,
+    lane_id_untrusted,
+)
 from nextgpu_protocol.messages import (
     Announcement,
     Capacity,
     HeldToken,
+    LaneTicket,
     Offer,
     Predecessor,
     Receipt,
@@ -66,6 +74,7 @@ TYPES: dict[str, Any] = {
     "ack": ReceiptAck,
     "resume": UnitResume,
     "resumed": UnitResumed,
+    "lane ticket": LaneTicket,
     "capacity": Capacity,
     "announcement": Announcement,
     "refusal": Refusal,
@@ -111,6 +120,7 @@ def run_vector(vector: Vector) -> tuple[str, Any]:
         "token": _run_token,
         "check": _run_check,
         "successions": _run_successions,
+        "lane": _run_lane,
     }
     try:
         return "ok", runners[vector.kind](vector)
@@ -247,6 +257,18 @@ def _run_check(vector: Vector) -> Any:
         case "capacity":
             check_capacity_untrusted(signed, _bytes(given["provider_key"]), now_ms=now_ms)
     return {"signer": signed.signer.hex(), "hash": signed.hash.hex()}
+
+
+def _run_lane(vector: Vector) -> Any:
+    given = {name: _bytes(value) for name, value in vector.params.items()}
+    ticket, head = given.pop("ticket"), vector.input[:HELLO_BYTES]
+    if len(head) < HELLO_BYTES:
+        raise RemoteProtocolError(ErrorCode.TRUNCATED, "hello")
+    if lane_id_untrusted(head) != lane_id(ticket):
+        raise RemoteProtocolError(ErrorCode.UNKNOWN_UNIT)
+    cipher = LaneCipher(ticket, LaneEnds(**given), "S")
+    opened = cipher.open_untrusted(_read_frames(vector.input[HELLO_BYTES:]))
+    return [[kind.name, body.hex()] for kind, body in opened]
 
 
 def _bytes(text: str) -> bytes:

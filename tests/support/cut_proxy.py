@@ -11,13 +11,17 @@ from contextlib import contextmanager, suppress
 # SO_LINGER with no time: close() sends RST, as a router does that has forgotten a connection.
 _ABORT = struct.pack("ii", 1, 0)
 _READ_BYTES = 256 * 1024
+HOST = "127.0.0.2"
 
 
 class CutProxy:
-    """Forwards `port` of loopback to `target_port`; `forwarded_bytes` counts the way there."""
+    """Forwards `port` of HOST to `target_port` of 127.0.0.1, and counts the bytes that way.
 
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
+    HOST is another address of loopback, as a router's is another than that of the node behind it.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        self._listener = socket.create_server((HOST, port))
         self.port: int = self._listener.getsockname()[1]
         self.target_port = 0
         self.forwarded_bytes = 0
@@ -85,8 +89,8 @@ class CutProxy:
 
 
 @contextmanager
-def cut_proxy() -> Iterator[CutProxy]:
-    proxy = CutProxy()
+def cut_proxy(port: int = 0) -> Iterator[CutProxy]:
+    proxy = CutProxy(port)
     try:
         yield proxy
     finally:

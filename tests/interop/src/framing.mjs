@@ -5,7 +5,7 @@ import { LIMITS } from "./limits.mjs";
 
 export const KINDS = {
   1: "REQUEST", 2: "OFFER", 3: "REFUSAL", 4: "HEADER", 5: "DATA", 6: "END", 7: "RECEIPT", 8: "ACK",
-  9: "ERROR", 10: "CANCEL", 11: "CAPACITY", 12: "SUCCESSIONS", 13: "RESUME", 14: "RESUMED",
+  9: "ERROR", 10: "CANCEL", 11: "CAPACITY", 12: "SUCCESSIONS", 13: "RESUME", 14: "RESUMED", 15: "LANE",
   32: "CONNECT", 33: "CONNECTED", 34: "SIGN", 35: "SIGNED", 48: "HELLO", 49: "ASSIGN",
 };
 const NUMBERS = Object.fromEntries(Object.entries(KINDS).map(([number, name]) => [name, Number(number)]));

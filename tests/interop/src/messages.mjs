@@ -155,6 +155,11 @@ const FIELDS = {
     ...window,
   ],
   resumed: [["received", int]],
+  "lane ticket": [
+    ["port", amount(1, 65_535)],
+    ["ticket", bytes(LIMITS.LANE_TICKET_BYTES)],
+    ["lifetime_ms", amount(1, LIMITS.MAX_LANE_TICKET_MS)],
+  ],
   capacity: [
     ["suites", listOf(int)],
     ["devices", listOf(message("device"))],

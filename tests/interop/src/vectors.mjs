@@ -4,6 +4,7 @@ import { checkCapacity } from "./capacity.mjs";
 import { openEnvelope, requireWindow } from "./envelope.mjs";
 import { ProtocolError, fail } from "./errors.mjs";
 import { FrameReader, KINDS } from "./framing.mjs";
+import { readLane } from "./lane.mjs";
 import { decodeMessage, requireSuite } from "./messages.mjs";
 import { checkHeader, checkRequest } from "./provider.mjs";
 import { DirectionHash, checkReceipt } from "./receipts.mjs";
@@ -126,6 +127,7 @@ const READERS = {
   stream: readStream,
   check: readCheck,
   token: readToken,
+  lane: readLane,
   successions: ({ peer }, input) => ({ predecessors: predecessors(input, unhex(peer)) }),
 };
 
