@@ -22,7 +22,7 @@ from nextgpu_node.clock import now_ms
 from nextgpu_node.daemon.lanes import LaneFrames
 from nextgpu_node.daemon.lasting import LastingFrames, LinkStream
 from nextgpu_node.errors import NetworkError, PeerLost
-from nextgpu_node.frames import FrameStream, widen
+from nextgpu_node.frames import ByteStream, FrameStream, widen
 from nextgpu_node.identity import Identity
 from nextgpu_node.p2p.lanes import LaneStream, dial_lane
 from nextgpu_node.p2p.network import Network
@@ -86,7 +86,7 @@ class Relay:
     peer_id: str
     peer: LastingFrames
     began_s: float
-    streams: list[LinkStream]  # that carry it, or did until just now
+    streams: list[FrameStream]  # that carry it, or did until just now
     header: Signed[UnitHeader] | None = None
     attempt: int = 0
     is_large: trio.Event = field(default_factory=trio.Event)
@@ -154,7 +154,7 @@ class Borrowing:
     async def _relay_to(self, peer_id: str, local: FrameStream) -> None:
         with trio.fail_after(_DIAL_DEADLINE_S):
             stream = await self._network.open_stream(peer_id, UNIT_PROTOCOL)
-        relay = Relay(peer_id, LastingFrames(stream), time.monotonic(), [stream])
+        relay = Relay(peer_id, LastingFrames(stream), time.monotonic(), [FrameStream(stream)])
         self.relays.add(relay)
         try:
             await local.send(FrameKind.CONNECTED, self._identity.public_key)
@@ -279,13 +279,13 @@ class Borrowing:
     @staticmethod
     async def _go_on(relay: Relay, found: Found) -> None:
         """Carry the unit over what was found.  Its earlier streams are done with then."""
-        earlier, relay.streams = relay.streams, [found.stream]
+        earlier, relay.streams = relay.streams, [found.frames]
         try:
             await relay.peer.attach(found.stream, found.received, found.frames)
             log.info("unit.resumed", unit_id=relay.unit_id)
         finally:
-            for stream in earlier:
-                await _close(stream)
+            for each in earlier:
+                await _close(each)
 
     # --- a lane for much ------------------------------------------------------------------------
 
@@ -343,7 +343,7 @@ class Borrowing:
             raise
 
 
-async def _close(stream: LinkStream) -> None:
+async def _close(stream: ByteStream | FrameStream) -> None:
     with trio.CancelScope(shield=True), trio.move_on_after(2):
         await stream.aclose()
 

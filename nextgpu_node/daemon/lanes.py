@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
 
 from nextgpu_node.daemon.lasting import LinkStream
 from nextgpu_node.daemon.lending import LentUnit
-from nextgpu_node.errors import ConnectionLost
+from nextgpu_node.errors import ConnectionLost, PeerLost
 from nextgpu_node.frames import FrameStream
 from nextgpu_node.p2p.lanes import LaneStream
 from nextgpu_protocol.errors import ErrorCode, RemoteProtocolError
-from nextgpu_protocol.framing import Frame
+from nextgpu_protocol.framing import Frame, FrameKind
 from nextgpu_protocol.lane import HELLO_BYTES, LaneCipher, LaneEnds, lane_id, lane_id_untrusted
 from nextgpu_protocol.limits import LANE_TICKET_BYTES
 from nextgpu_protocol.messages import LaneTicket
@@ -22,6 +23,7 @@ from nextgpu_protocol.session import Side
 
 _TICKET_S = 15
 _HELLO_S = 5
+_LEAVE_S = 1
 
 
 class LaneFrames(FrameStream):
@@ -32,6 +34,7 @@ class LaneFrames(FrameStream):
         peer_side: Side = "P" if own_side == "S" else "S"
         self._sealing = LaneCipher(ticket, ends, own_side)
         self._opening = LaneCipher(ticket, ends, peer_side)
+        self._peer_left = False
 
     def _outgoing(self, frames: Sequence[Frame]) -> Sequence[Frame]:
         return self._sealing.seal(frames)
@@ -40,11 +43,28 @@ class LaneFrames(FrameStream):
         return self._opening.open_untrusted(frames)
 
     async def receive_ready_untrusted(self) -> list[Frame] | None:
+        """As FrameStream's, but None only where the peer took its leave: all else that ends a lane
+        can be done by whoever stands on the way, and is a lost connection."""
+        if self._peer_left:
+            return None
         try:
-            return await super().receive_ready_untrusted()
+            frames = await super().receive_ready_untrusted()
         except RemoteProtocolError as exc:
-            # Whoever stands on the way can write here, so it is not held against the peer.
             raise ConnectionLost("The bulk lane was disturbed.") from exc
+        if frames is None:
+            raise ConnectionLost("The bulk lane ended without a word.")
+        kinds = [kind for kind, _ in frames]
+        if FrameKind.LANE in kinds:
+            self._peer_left = True
+            frames = frames[: kinds.index(FrameKind.LANE)]
+        return frames or None
+
+    async def aclose(self) -> None:
+        """Take leave, then close."""
+        with suppress(PeerLost, trio.BrokenResourceError, trio.ClosedResourceError):
+            with trio.move_on_after(_LEAVE_S):
+                await self.send(FrameKind.LANE)
+        await super().aclose()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +112,7 @@ class LaneDesk:
                 return
         link = await issued.unit.enter_lane(stream, frames, received)
         await link.over.wait()
-        await stream.aclose()
+        await frames.aclose()
 
     def _take_untrusted(self, hello: bytes) -> _Issued:
         issued = self._issued.pop(lane_id_untrusted(hello), None)

@@ -22,6 +22,8 @@ class CutProxy:
 
     def __init__(self, port: int = 0) -> None:
         self._listener = socket.create_server((HOST, port))
+        # A line holds little; what two pairs of buffers hold here would be on its way besides.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _READ_BYTES)
         self.port: int = self._listener.getsockname()[1]
         self.target_port = 0
         self.forwarded_bytes = 0
@@ -65,6 +67,7 @@ class CutProxy:
                 near.close()
                 continue
             far = socket.create_connection(("127.0.0.1", self.target_port))
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _READ_BYTES)
             with self._lock:
                 self._live |= {near, far}
             for source, sink, counts in ((near, far, True), (far, near, False)):

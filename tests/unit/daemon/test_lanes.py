@@ -151,16 +151,31 @@ async def test_a_lane_that_is_disturbed_costs_the_lane_and_not_the_unit(
         assert await ended_well(again)
 
 
-async def test_a_submitter_that_closes_its_lane_is_not_waited_for(
+async def test_an_end_of_file_on_a_lane_is_a_loss_and_not_the_end(
     autojump_clock: trio.testing.MockClock, tmp_path: Path
 ) -> None:
+    """As is a reset: both can be made by whoever stands on the way."""
     async with running(tmp_path) as (one, taken, _line), trio.open_nursery() as nursery:
         made = desk()
         far = Far(made, nursery)
         await far.enter(ticket_for(one, taken, made).ticket, received=1)
         await trio.sleep(1)
-        began_s = trio.current_time()
         await far.stream.aclose()
+        await far.over.wait()
+        again, _received = await come_back(one, nursery, resume(taken, attempt=2))
+        assert await ended_well(again)
+
+
+async def test_a_submitter_that_leaves_its_lane_is_not_waited_for(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    async with running(tmp_path) as (one, taken, _line), trio.open_nursery() as nursery:
+        made = desk()
+        far = Far(made, nursery)
+        frames = await far.enter(ticket_for(one, taken, made).ticket, received=1)
+        await trio.sleep(1)
+        began_s = trio.current_time()
+        await frames.aclose()
         assert await one.over() - began_s < 12
 
 
