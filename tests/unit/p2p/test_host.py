@@ -140,4 +140,4 @@ def test_logging_levels_set_by_modules_are_overruled() -> None:
     ],
 )
 def test_callers_are_counted_by_what_they_can_not_choose(one: str, other: str, same: bool) -> None:
-    assert (hardening._neighbourhood(one) == hardening._neighbourhood(other)) is same
+    assert (hardening.neighbourhood(one) == hardening.neighbourhood(other)) is same
