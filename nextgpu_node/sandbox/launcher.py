@@ -48,8 +48,9 @@ KEY_BYTES: Final = 32
 _PRELOAD_DEADLINE_S: Final = 120.0
 _HELLO_DEADLINE_S: Final = 10.0
 _WIPE_DEADLINE_S: Final = 10.0
-# Two starts of CUDA, and all of a card's memory written once and read twice.
-_CARD_DEADLINE_S: Final = 60.0
+# Two starts of CUDA, and all of a card's memory written once and read twice.  A submitter waits
+# 30 s for its receipt (protocol spec, 30-framing).
+_CARD_DEADLINE_S: Final = 15.0
 _CARD_ANSWER: Final = struct.Struct(">QQ")  # as worker/card.py
 _NICER_BY: Final = 5
 _NICEST: Final = 19
@@ -338,7 +339,8 @@ class Launcher:
             await slot.ended.wait()
             if slot.pidfd is not None:
                 # No event tells of a reap by another process, init's after a zygote's death.
-                while not wipe.is_gone(slot.pidfd):  # noqa: ASYNC110
+                while not wipe.is_gone(slot.pidfd):
+                    wipe.reap_if_ours(slot.pidfd)
                     await trio.sleep(0.005)
                 reaped = True
             await slot.wait_joined()

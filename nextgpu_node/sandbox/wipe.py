@@ -67,6 +67,12 @@ def is_gone(pidfd: int) -> bool:
     return False
 
 
+def reap_if_ours(pidfd: int) -> None:
+    """As the first process of a container, this one inherits the workers of a zygote that died."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+
+
 def sees_all_processes() -> bool:
     """Whether /proc shows other users' processes (not under hidepid=, ProtectProc=)."""
     return Path(_PROC, "1").exists()

@@ -250,6 +250,38 @@ async def test_killed_daemon_leaves_no_process_and_the_next_one_cleans_up(tmp_pa
             assert list(launcher._hierarchy.leftovers()) == []
 
 
+_FIRST_PROCESS = """
+import os, signal, sys, trio
+from pathlib import Path
+from tests.support.sandbox import SMALL, running_launcher
+async def main():
+    assert os.getpid() == 1
+    async with running_launcher(Path(sys.argv[1])) as launcher:
+        worker = await launcher.spawn(SMALL)
+        os.kill(launcher.zygote_pid, signal.SIGKILL)
+        await worker.wait()
+        report = await worker.finish()
+        assert report.tree_killed and report.complete, report
+        assert (await (await launcher.spawn(SMALL)).finish()).complete
+trio.run(main)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a PID namespace for it")
+def test_a_daemon_that_is_a_containers_first_process_reaps_what_a_zygote_left(
+    tmp_path: Path,
+) -> None:
+    container = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    done = subprocess.run(
+        [*container, sys.executable, "-c", _FIRST_PROCESS, str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 async def test_module_that_can_not_be_loaded_is_a_clear_error(tmp_path: Path) -> None:
     launcher = Launcher(runtime_dir=tmp_path, worker_module="nextgpu_node.no_such_module")
     with pytest.raises(SandboxError, match="no_such_module can not be loaded"):
