@@ -38,16 +38,17 @@ function Share({ sharing, device, say, refresh }) {
 
   const toggle = () =>
     change(() => put("/v1/sharing", { enabled: !on }), on ? "Sharing is off." : "Sharing is on.");
-  const paused = words.state === "paused" && sharing.cause === "owner";
+  // What the owner ordered can be taken back here; a rule ends when its cause does.
+  const ordered = words.state === "draining" || (words.state === "paused" && sharing.cause === "owner");
 
   return html`
     <section class="share ${words.state}" aria-label="Sharing">
       <div class="share-words">
         <h2>${words.headline}</h2>
         <p id="why">${words.line}</p>
-        ${on && html`
+        ${on && (ordered || words.state === "lending") && html`
           <div class="buttons">
-            ${words.state === "paused" || words.state === "draining"
+            ${ordered
               ? html`<${Action} run=${() => change(() => post("/v1/sharing/resume"), "Sharing goes on.")}>Resume<//>`
               : html`
                 <${Action} run=${() => change(() => post("/v1/sharing/pause", { seconds: 3600 }), "Paused for an hour.")}>Pause for an hour<//>
