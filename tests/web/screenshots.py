@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
 import torch
 import trio
 from safetensors.torch import save_file
@@ -30,7 +29,6 @@ from tests.web.scene import chromium, drive, open_dashboard, sharing
 
 _SETTLE_MS = 700
 _HISTORY_S = 12
-_AUDIT_S = 240
 
 
 # A picture of each page takes a while on a busy machine, and a unit runs meanwhile.
@@ -78,22 +76,11 @@ async def _while_a_unit_runs(
         yield step
         await seen.wait()
 
-    await _audit(url)
     async with open_client(other.paths) as client, client.run(program, steps()) as events:
         async for event in events:
             if isinstance(event, StepResult):
                 await trio.to_thread.run_sync(_take, url, directory)
                 seen.set()
-
-
-async def _audit(url: str) -> None:
-    base, _, token = url.partition("/#token=")
-    headers = {"authorization": f"Bearer {token}"}
-    async with httpx.AsyncClient(base_url=base, headers=headers, trust_env=False) as api:
-        await api.post("/v1/audit")
-        with trio.fail_after(_AUDIT_S):
-            while (await api.get("/v1/audit")).json()["state"] == "running":  # noqa: ASYNC110
-                await trio.sleep(0.5)
 
 
 def _take(url: str, directory: Path) -> None:
