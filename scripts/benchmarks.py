@@ -8,6 +8,7 @@
     protocol    messages each second, the handshake to the first sealed byte
     programs    steps of five models beside eager torch in the same process
     sandbox     workers: birth, memory, wipe, and the daemon under bombs (bench_sandbox.py)
+    lending     from the owner's pause to the end of the worker (bench_lending.py)
     submit      an Executor beside Dask with TLS and Ray (bench_submit.py)
 
 Every figure of one run is taken on the same machine in the same minutes: read the ratios.
@@ -61,6 +62,7 @@ NAMES = (
     "sandbox",
     "programs",
     "protocol",
+    "lending",
 )
 FRESH_UNITS = 40
 CALLS = 1000
@@ -500,6 +502,10 @@ def main() -> None:
         from scripts.bench_protocol import protocol
 
         figures = protocol(SETTINGS)
+    elif arguments.name == "lending":
+        from scripts.bench_lending import lending
+
+        figures = lending(SETTINGS)
     elif arguments.name == "submit":
         from scripts.bench_submit import submit
 

@@ -146,14 +146,22 @@ def running_apps(wanted: Sequence[str], proc: Path) -> frozenset[str] | None:
     if not (proc / "1").is_dir():
         return None
     short = {name[:_COMM_CHARS]: name for name in wanted}
-    names = {_read(path / "comm") for path in _processes(proc)}
+    names = set(_program_names(proc))
     return frozenset(name for cut, name in short.items() if cut in names)
 
 
-def _processes(proc: Path) -> Iterator[Path]:
-    for entry in os.scandir(proc):
-        if entry.name.isdigit():
-            yield Path(entry.path)
+def _program_names(proc: Path) -> Iterator[str]:
+    """Of every process, once a second: without pathlib and file objects, ten times as cheap."""
+    for name in os.listdir(proc):  # noqa: PTH208
+        if not name.isdigit():
+            continue
+        with suppress(OSError):  # it may have ended meanwhile
+            fd = os.open(f"{proc}/{name}/comm", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                found = os.read(fd, 2 * _COMM_CHARS)
+            finally:
+                os.close(fd)
+            yield found.decode(errors="replace").rstrip("\n")
 
 
 def _free_disk(path: Path) -> int | None:
