@@ -247,14 +247,15 @@ async def test_what_a_worker_saves_reaches_a_submitter_that_reads_slowly(
         await one.take_up()
         one.unit.give_back()
         await one.worker.asked_to_give_back.wait()
-        saved = encode_frame(FrameKind.DATA, bytes(1000)) * 3 + encode_frame(FrameKind.END)
+        # More than is read at once: the rest of it waits in the worker's socket.
+        saved = encode_frame(FrameKind.DATA, bytes(300_000)) * 3 + encode_frame(FrameKind.END)
         await one.worker.inside.send_all(saved)
         await one.worker.end("exited", 15)
         await trio.sleep(5 * GRACE_S)
         kinds = [(await one.frames.receive_untrusted() or (None,))[0] for _ in range(4)]
         assert kinds == [FrameKind.DATA, FrameKind.DATA, FrameKind.DATA, FrameKind.END]
         receipt = await one.receipt()
-        assert (receipt.status, receipt.metering.output_bytes) == ("owner_stopped", 3000)
+        assert (receipt.status, receipt.metering.output_bytes) == ("owner_stopped", 900_000)
 
 
 async def test_an_offer_is_withdrawn_when_the_owner_returns(
