@@ -248,14 +248,14 @@ async def test_what_a_worker_saves_reaches_a_submitter_that_reads_slowly(
         one.unit.give_back()
         await one.worker.asked_to_give_back.wait()
         # More than is read at once: the rest of it waits in the worker's socket.
-        saved = encode_frame(FrameKind.DATA, bytes(300_000)) * 3 + encode_frame(FrameKind.END)
+        saved = encode_frame(FrameKind.DATA, bytes(200_000)) * 5 + encode_frame(FrameKind.END)
         await one.worker.inside.send_all(saved)
         await one.worker.end("exited", 15)
         await trio.sleep(5 * GRACE_S)
-        kinds = [(await one.frames.receive_untrusted() or (None,))[0] for _ in range(4)]
-        assert kinds == [FrameKind.DATA, FrameKind.DATA, FrameKind.DATA, FrameKind.END]
+        kinds = [(await one.frames.receive_untrusted() or (None,))[0] for _ in range(6)]
+        assert kinds == [*[FrameKind.DATA] * 5, FrameKind.END]
         receipt = await one.receipt()
-        assert (receipt.status, receipt.metering.output_bytes) == ("owner_stopped", 900_000)
+        assert (receipt.status, receipt.metering.output_bytes) == ("owner_stopped", 1_000_000)
 
 
 async def test_an_offer_is_withdrawn_when_the_owner_returns(
