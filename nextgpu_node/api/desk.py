@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Final, Protocol, TypeVar
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from nextgpu_node.api.serving import reply as _reply
 from nextgpu_node.api_types import CancelReply
 from nextgpu_node.desk_types import Desk, LogRequest, WebRequest
 from nextgpu_node.errors import UsageError
@@ -122,7 +122,3 @@ def _job_id_untrusted(request: Request) -> str:
     if len(job_id) > _MAX_ID_CHARS or not job_id.isalnum():
         raise UsageError("That is not the id of a job; `nextgpu jobs` lists them.")
     return job_id
-
-
-def _reply(value: msgspec.Struct) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

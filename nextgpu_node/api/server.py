@@ -25,7 +25,6 @@ which could hold anything.  There is no access log.
 from __future__ import annotations
 
 import math
-import socket
 from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path
@@ -35,7 +34,6 @@ import anycorn
 import msgspec
 import structlog
 import trio
-from anycorn.config import Sockets
 from anycorn.typing import Framework
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -46,6 +44,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, HTTPExceptionHandler, Message, Receive, Scope, Send
 
 from nextgpu_node.api.desk import EVENTS_PATH, DeskEndpoints
+from nextgpu_node.api.serving import OpenSocket
+from nextgpu_node.api.serving import reply as _reply
 from nextgpu_node.api.sockets import listen_private, remove_listening
 from nextgpu_node.api_types import (
     Backend,
@@ -118,27 +118,9 @@ async def run(
     try:
         # From here on the kernel takes connections; they wait the moment until anycorn does.
         task_status.started()
-        await anycorn.serve(cast(Framework, build_app(backend, desk)), _Config(listener))
+        await anycorn.serve(cast(Framework, build_app(backend, desk)), OpenSocket(listener))
     finally:
         remove_listening(socket_path, listener)
-
-
-class _Config(anycorn.Config):
-    """anycorn on a socket that is open already, without logs of its own.
-
-    Left to itself anycorn would remove whatever socket has the name, also a living daemon's.
-    """
-
-    accesslog = None
-    errorlog = None
-    include_server_header = False
-
-    def __init__(self, listener: socket.socket) -> None:
-        super().__init__()
-        self._listener = listener
-
-    def create_sockets(self) -> Sockets:
-        return Sockets([], [self._listener], [])
 
 
 def build_app(backend: Backend, desk: Desk | None, host: str = HOST) -> ASGIApp:
@@ -384,10 +366,6 @@ class _Empty(msgspec.Struct, forbid_unknown_fields=True):
 
 def _sharing_reply(sharing: SharingView) -> Response:
     return _reply(SharingReply(**msgspec.structs.asdict(sharing)))
-
-
-def _reply(value: msgspec.Struct) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
 
 
 def _error(sentence: str, status: int, exit_code: int) -> Response:

@@ -29,12 +29,12 @@ from typing import Final, cast
 import anycorn
 import structlog
 import trio
-from anycorn.config import Sockets
 from anycorn.typing import Framework
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nextgpu_node.api.serving import OpenSocket
 from nextgpu_node.desk_types import WebReply
 from nextgpu_node.errors import NextGPUError
 from nextgpu_node.files import write_whole
@@ -240,7 +240,7 @@ class Web:
     async def _serve(self, listener: socket.socket, scope: trio.CancelScope) -> None:
         app = WebGuard(self._make_app(self._host), self._host, self._token)
         with listener, scope:
-            await anycorn.serve(cast(Framework, app), _Config(listener))
+            await anycorn.serve(cast(Framework, app), OpenSocket(listener))
 
 
 def _listening(port: int) -> socket.socket:
@@ -254,18 +254,3 @@ def _listening(port: int) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-class _Config(anycorn.Config):
-    """anycorn on a socket that is open already, without logs of its own."""
-
-    accesslog = None
-    errorlog = None
-    include_server_header = False
-
-    def __init__(self, listener: socket.socket) -> None:
-        super().__init__()
-        self._listener = listener
-
-    def create_sockets(self) -> Sockets:
-        return Sockets([], [self._listener], [])
