@@ -95,6 +95,34 @@ async def test_every_frame_comes_once_and_in_order_wherever_the_line_breaks(
     assert got_back == back
 
 
+async def test_what_arrives_while_its_link_is_replaced_is_not_taken_twice() -> None:
+    """It was not counted when the peer was told a number, so it comes again."""
+    arrived = trio.Event()
+
+    class Late:
+        async def receive_some(self, _max_bytes: int) -> bytes:
+            await arrived.wait()
+            return encode_frame(D, b"once")
+
+        async def send_all(self, data: bytes) -> None:
+            raise AssertionError
+
+        async def aclose(self) -> None:
+            pass
+
+    frames, got = LastingFrames(Late()), list[Frame]()
+    frames.lasts(GRACE_S)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive_all, frames, 2, got)
+        await trio.testing.wait_all_tasks_blocked()
+        arrived.set()
+        assert frames.detach() == 0
+        one, other, _line = breakable_pair()
+        await frames.attach(one, 0)
+        await FrameStream(other).send_many([(D, b"once"), (D, b"then")])
+    assert got == [(D, b"once"), (D, b"then")]
+
+
 async def test_who_waits_is_told_when_nobody_comes_back(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -102,7 +130,7 @@ async def test_who_waits_is_told_when_nobody_comes_back(
     frames = LastingFrames(one)
     frames.lasts(GRACE_S)
     line.break_now()
-    with pytest.raises(PeerLost):
+    with trio.fail_after(300), pytest.raises(PeerLost):
         await frames.receive_untrusted()
     assert trio.current_time() == pytest.approx(GRACE_S, abs=0.1)
 
