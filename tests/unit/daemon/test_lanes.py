@@ -162,6 +162,7 @@ async def test_an_end_of_file_on_a_lane_is_a_loss_and_not_the_end(
         await trio.sleep(1)
         await far.stream.aclose()
         await far.over.wait()
+        assert not one.worker.finished
         again, _received = await come_back(one, nursery, resume(taken, attempt=2))
         assert await ended_well(again)
 
