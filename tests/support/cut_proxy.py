@@ -29,14 +29,19 @@ class CutProxy:
         self.forwarded_bytes = 0
         self.cuts = 0
         self._cut_at: list[int] = []
+        self._cuts_for_good = False
         self._is_refusing = False
         self._lock = threading.Lock()
         self._live: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut_at(self, *forwarded_bytes: int) -> None:
-        """Cut every connection when so many bytes have gone to the target, once for each."""
+    def cut_at(self, *forwarded_bytes: int, for_good: bool = False) -> None:
+        """Cut every connection when so many bytes have gone to the target, once for each.
+
+        `for_good`: and refuse those that come afterwards.
+        """
         self._cut_at = sorted(forwarded_bytes)
+        self._cuts_for_good = for_good
 
     def cut(self) -> None:
         """Abort every connection now."""
@@ -88,6 +93,7 @@ class CutProxy:
         self.forwarded_bytes += size
         if self._cut_at and self.forwarded_bytes >= self._cut_at[0]:
             self._cut_at.pop(0)
+            self._is_refusing = self._is_refusing or self._cuts_for_good
             self.cut()
 
 
