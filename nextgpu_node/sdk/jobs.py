@@ -165,7 +165,7 @@ class Job:
             raise JobStoreError(f"{directory / 'job.json'}: is damaged: {exc}.") from exc
         for spec in manifest.shards:
             # Results are copied to files of these names.
-            if Path(spec.name).name != spec.name:
+            if Path(spec.name).name != spec.name or spec.name in ("", ".."):
                 raise JobStoreError(f"{directory / 'job.json'}: {spec.name!r} is no file's name.")
         return cls(directory, manifest)
 
