@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import trio
 from nacl.signing import SigningKey
+from torch import Tensor
 
 from nextgpu_node.api_types import DeviceView, PeerNeed, PeersReply, PeerView
 from nextgpu_node.clock import now_ms
 from nextgpu_node.frames import FrameStream
+from nextgpu_node.graph.machine import Machine, StepOutcome
 from nextgpu_node.worker.channel import Channel, ChannelClosed
 from nextgpu_node.worker.unit import Unit, UnitLimits
 from nextgpu_protocol.codec import decode_message_untrusted, encode_message
@@ -48,6 +51,7 @@ class FarmPeer:
     delay_s: float = 0.0
     refuse: ErrorCode | None = None
     lies_in_receipt: bool = False
+    lies: bool = False  # wrong results under good seals and receipts
     dies_after_results: int | None = None
     units: int = 0
     headers: int = 0
@@ -114,6 +118,21 @@ class Farm:
                         await _Conversation(frames, peer).run()
                     finally:
                         peer.scopes.discard(scope)
+
+
+# Each unit has a thread of its own, as it has a process elsewhere.
+_THIS_WORKER = threading.local()
+_honest_step = Machine.step_and_release
+
+
+def _step(self: Machine, xs: dict[str, Tensor]) -> StepOutcome:
+    outcome = _honest_step(self, xs)
+    if not getattr(_THIS_WORKER, "lies", False):
+        return outcome
+    return StepOutcome({name: y * 1.01 + 0.01 for name, y in outcome.ys.items()}, outcome.stop)
+
+
+Machine.step_and_release = _step  # type: ignore[method-assign]
 
 
 @asynccontextmanager
@@ -214,8 +233,12 @@ class _Conversation:
     ) -> None:
         unit = Unit(Channel(sock), pair, UnitLimits.from_mapping(limits))
         with suppress(ChannelClosed, OSError):
-            code = await trio.to_thread.run_sync(unit.run, abandon_on_cancel=True)
+            code = await trio.to_thread.run_sync(self._compute, unit, abandon_on_cancel=True)
             self._status = _STATUS.get(code, "protocol_error")
+
+    def _compute(self, unit: Unit) -> int:
+        _THIS_WORKER.lies = self._peer.lies
+        return unit.run()
 
     async def _pump_in(self, worker: FrameStream) -> None:
         while (frame := await self._frames.receive_untrusted()) is not None:

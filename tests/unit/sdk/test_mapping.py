@@ -12,12 +12,15 @@ import pytest
 import torch
 import trio
 
+from nextgpu_node.core.choice import PeerRecord
 from nextgpu_node.core.schedule import ScheduleLimits
 from nextgpu_node.errors import Refused
 from nextgpu_node.graph.artifact import Program
 from nextgpu_node.graph.export import export
+from nextgpu_node.sdk.audit import Audit
 from nextgpu_node.sdk.map_stream import ShardResult, map_stream
 from nextgpu_node.sdk.mapping import MapOptions
+from nextgpu_node.sdk.peer_history import PeerHistory
 from nextgpu_protocol.errors import ErrorCode
 from tests.support.farm import FarmPeer, open_farm
 
@@ -102,3 +105,42 @@ async def test_two_thousand_peers_that_refuse_cost_the_patience_and_one_sentence
         assert "2000 known" in str(result.error)
         assert "does not serve this submitter" in str(result.error)
         assert len(str(result.error)) < 300
+
+
+# --- peers that lie ---------------------------------------------------------------------------
+
+
+def honest_and_liar() -> list[FarmPeer]:
+    return [FarmPeer(delay_s=0.002), FarmPeer(delay_s=0.002), FarmPeer(delay_s=0.002, lies=True)]
+
+
+@pytest.mark.parametrize("audit", [Audit(share=1.0), Audit(canaries=1, seed=1)], ids=str)
+async def test_a_liar_is_found_and_none_of_its_results_is_handed_out(
+    tmp_path: Path, twice: Program, audit: Audit
+) -> None:
+    peers = honest_and_liar()
+    history = PeerHistory(tmp_path / "history.json")
+    options = MapOptions(audit=audit)
+    results = await collect(tmp_path, peers, twice, 30, options, ordered=False, history=history)
+    assert peers[2].headers, "it was never asked"
+    assert_right(sorted(results, key=lambda result: result.index), 30)
+    assert peers[2].peer_id not in {result.peer_id for result in results}
+    assert {peer for peer, one in history.records().items() if one.distrusted} == {peers[2].peer_id}
+
+
+async def test_a_liar_that_is_known_is_not_asked_by_a_later_map(
+    tmp_path: Path, twice: Program
+) -> None:
+    history = PeerHistory(tmp_path / "history.json")
+    peers = honest_and_liar()
+    history.add({peers[2].peer_id: PeerRecord(distrusted=True)})
+    assert_right(await collect(tmp_path, peers, twice, 30, history=history), 30)
+    assert not peers[2].headers
+
+
+async def test_without_an_audit_a_liar_is_believed(tmp_path: Path, twice: Program) -> None:
+    """Its seals and receipts are in order: this is what an audit is for."""
+    peers = honest_and_liar()
+    results = await collect(tmp_path, peers, twice, 30)
+    lies = [result for result in results if result.tensors["output"][0] != 2.0 * result.index]
+    assert {result.peer_id for result in lies} == {peers[2].peer_id}
