@@ -7,7 +7,7 @@
     program           a real program (two layers of a transformer), over running it in this process
 
 NextGPU signs, seals and sandboxes; Dask with TLS encrypts and pickles; Ray does neither.  All run
-one thread a worker on the same two cores, one system after the other.
+one thread a worker on the same two cores.  All are up; each row is measured on one after the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,35 +44,47 @@ SETTINGS = {
 }
 
 
-# What each system is asked: call(module, x) -> a future-like; wait(future) -> the tensor.
+# What a system is asked: call(module, x) -> a future-like.
 Call = Callable[[torch.nn.Module, torch.Tensor], Any]
-Wait = Callable[[Any], torch.Tensor]
 
 
-def measure(
-    name: str, call: Call, wait: Wait, *, four: tuple[Call, Wait] | None = None
-) -> dict[str, Any]:
-    """All rows of one system; `four` is the same with four workers."""
+@dataclass(frozen=True)
+class System:
+    """`one` calls one worker, `four` all four; `wait` gives the tensor of what they gave."""
+
+    one: Call
+    four: Call
+    wait: Callable[[Any], torch.Tensor]
+
+    def result(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.wait(self.one(module, x))
+
+
+def measure(systems: dict[str, System]) -> dict[str, dict[str, Any]]:
+    """Every row of every system; one row after the other, so that what else the machine does at
+    the time is about the same for all."""
     small, real = torch.ones(16), torch.randn(8, 64, 256)
     noop, first, grow, model = NoOp(), First(), Grow(), make_real()
     out, back = torch.ones(BIG, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8)
-    report: dict[str, Any] = {}
+    report: dict[str, dict[str, Any]] = {name: {} for name in systems}
 
-    def row(title: str, figure: Callable[[], Any]) -> None:
-        began_s = time.perf_counter()
-        report[title] = figure()
-        took_s = time.perf_counter() - began_s
-        print(f"{name}: {title} = {report[title]}  ({took_s:.1f} s)", file=sys.stderr, flush=True)
+    def row(title: str, figure: Callable[[System], Any]) -> None:
+        for name, system in systems.items():
+            began_s = time.perf_counter()
+            found = report[name][title] = figure(system)
+            took_s = time.perf_counter() - began_s
+            print(f"{title}: {name} {found}  ({took_s:.1f} s)", file=sys.stderr, flush=True)
 
-    row("noop_call", lambda: latency(call, wait, noop, small))
-    row("calls_per_s", lambda: round(rate(call, wait, noop, small)))
-    if four is not None:
-        row("shards_over_4_per_s", lambda: round(rate(*four, noop, small)))
-    row("64_mib_out_mb_s", lambda: megabytes_per_s(lambda: wait(call(first, out))))
-    row("64_mib_back_mb_s", lambda: megabytes_per_s(lambda: wait(call(grow, back))))
-    here = fastest(lambda: model(real), times=7)
-    report["program_here_ms"] = round(here * 1e3, 1)
-    row("program_over_here", lambda: round(fastest(lambda: wait(call(model, real)), 7) / here, 3))
+    def over_here(system: System) -> float:
+        here_s = fastest(lambda: model(real), times=7)
+        return round(fastest(lambda: system.result(model, real), times=7) / here_s, 3)
+
+    row("noop_call", lambda system: latency(lambda: system.result(noop, small)))
+    row("calls_per_s", lambda system: round(rate(system.one, system.wait, noop, small)))
+    row("shards_over_4_per_s", lambda system: round(rate(system.four, system.wait, noop, small)))
+    row("64_mib_out_mb_s", lambda system: megabytes_per_s(lambda: system.result(first, out)))
+    row("64_mib_back_mb_s", lambda system: megabytes_per_s(lambda: system.result(grow, back)))
+    row("program_over_here", over_here)
     return report
 
 
@@ -79,11 +92,11 @@ def megabytes_per_s(move: Callable[[], Any]) -> int:
     return round(BIG / fastest(move) / 1e6)
 
 
-def latency(call: Call, wait: Wait, module: torch.nn.Module, x: torch.Tensor) -> dict[str, float]:
-    wait(call(module, x))
+def latency(work: Callable[[], Any]) -> dict[str, float]:
+    work()
     seconds: list[float] = []
     while len(seconds) < CALLS and sum(seconds) < ENOUGH_S:
-        seconds.append(fastest(lambda: wait(call(module, x)), times=1))
+        seconds.append(fastest(work, times=1))
     seconds.sort()
     return {
         "p50_ms": round(seconds[len(seconds) // 2] * 1e3, 2),
@@ -91,7 +104,9 @@ def latency(call: Call, wait: Wait, module: torch.nn.Module, x: torch.Tensor) ->
     }
 
 
-def rate(call: Call, wait: Wait, module: torch.nn.Module, x: torch.Tensor) -> float:
+def rate(
+    call: Call, wait: Callable[[Any], torch.Tensor], module: torch.nn.Module, x: torch.Tensor
+) -> float:
     """Calls a second of MANY that are submitted at once: the better of two runs."""
 
     def once() -> None:
@@ -119,7 +134,8 @@ def fastest(work: Callable[[], Any], times: int = 3) -> float:
 # --- the systems ------------------------------------------------------------------------------
 
 
-def nextgpu() -> dict[str, Any]:
+@contextmanager
+def nextgpu() -> Iterator[System]:
     programs: dict[tuple[int, Any], Any] = {}
 
     def caller(executor: Executor) -> Call:
@@ -138,15 +154,16 @@ def nextgpu() -> dict[str, Any]:
     with swarm(NODES, SETTINGS) as nodes:
         paths = nodes.submitter.paths
         with Executor(paths=paths, max_units=1) as one, Executor(paths=paths, max_units=4) as four:
-            return measure("nextgpu", caller(one), wait, four=(caller(four), wait))
+            yield System(caller(one), caller(four), wait)
 
 
-def dask() -> dict[str, Any]:
+@contextmanager
+def dask_tls() -> Iterator[System]:
     from distributed import Client, LocalCluster
     from distributed.security import Security
 
     @contextmanager
-    def opened(workers: int) -> Iterator[tuple[Call, Wait]]:
+    def opened(workers: int) -> Iterator[Call]:
         security = Security.temporary()
         cluster = LocalCluster(
             n_workers=workers,
@@ -164,13 +181,14 @@ def dask() -> dict[str, Any]:
                     there[id(module)] = client.scatter(module, broadcast=True, hash=False)
                 return client.submit(run, there[id(module)], x, pure=False)
 
-            yield call, lambda future: future.result()
+            yield call
 
     with opened(1) as one, opened(4) as four:
-        return measure("dask_tls", *one, four=four)
+        yield System(one, four, lambda future: future.result())
 
 
-def ray_() -> dict[str, Any]:
+@contextmanager
+def ray_actors() -> Iterator[System]:
     import ray
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -197,26 +215,26 @@ def ray_() -> dict[str, Any]:
         return call
 
     try:
-        return measure("ray_actors", caller(1), ray.get, four=(caller(4), ray.get))
+        yield System(caller(1), caller(4), ray.get)
     finally:
         ray.shutdown()
 
 
 def submit() -> dict[str, Any]:
-    """Each system in turn, and the ratios that matter: above 1, NextGPU is the quicker one."""
+    """Each system, and the ratios that matter: above 1, NextGPU is the quicker one."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     # Ray's workers run at 15 otherwise, and starve where anything else runs.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray spells it
-    report: dict[str, Any] = {"nextgpu": nextgpu()}
-    with warnings.catch_warnings():
+    opening = [nextgpu, dask_tls]
+    if importlib.util.find_spec("ray") is not None:
+        opening.append(ray_actors)
+    with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report["dask_tls"] = dask()
-        if importlib.util.find_spec("ray") is not None:
-            report["ray_actors"] = ray_()
-    for other in ("dask_tls", "ray_actors"):
-        if other in report:
-            report[f"times_quicker_than_{other}"] = ratios(report["nextgpu"], report[other])
+        systems = {one.__name__: stack.enter_context(one()) for one in opening}
+        report: dict[str, Any] = measure(systems)
+    for other in [name for name in report if name != "nextgpu"]:
+        report[f"times_quicker_than_{other}"] = ratios(report["nextgpu"], report[other])
     return report
 
 
