@@ -83,7 +83,7 @@ def network_of_three(
             provider.wait_ready()
             submitter.wait_ready()
             nodes = Trio(first, provider, submitter, work / "log")
-            wait_until(lambda: has_peer(submitter), 60, "the provider to be found")
+            wait_until(lambda: has_peer(submitter), 180, "the provider to be found")
             yield nodes
     finally:
         shutil.rmtree(work)
