@@ -238,7 +238,10 @@ class _Conversation:
 
     def _compute(self, unit: Unit) -> int:
         _THIS_WORKER.lies = self._peer.lies
-        return unit.run()
+        try:
+            return unit.run()
+        finally:
+            _THIS_WORKER.lies = False  # the thread serves others afterwards
 
     async def _pump_in(self, worker: FrameStream) -> None:
         while (frame := await self._frames.receive_untrusted()) is not None:
