@@ -193,6 +193,7 @@ class Web:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled."""
+        self._token_file.unlink(missing_ok=True)
         try:
             async with trio.open_nursery() as self._nursery:
                 task_status.started()

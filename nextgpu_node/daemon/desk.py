@@ -73,6 +73,8 @@ class OwnersDesk:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The dashboard, and audits that are asked for; until cancelled."""
+        # One that a killed daemon left leads nowhere: its key ended with it.
+        self._paths.web_page_file.unlink(missing_ok=True)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._web.run)

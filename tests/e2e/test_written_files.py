@@ -60,7 +60,8 @@ def run_session(root: Path, program: Program) -> None:
                 "jobs",
                 "data export --all -o copy.tar",
                 "config set sharing.threads 1",
-                "identity show",
+                "web --print-url",
+                "history",
             ):
                 run_cli(submitter.home, *words.split())
             run_cli(provider.home, *["invite", "--gpu-seconds", "60", "--expires", "1h"])

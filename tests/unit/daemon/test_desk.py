@@ -125,3 +125,14 @@ async def test_an_audit_runs_as_a_process_once_at_a_time(
     assert desk.audit().state == state
     assert why in desk.audit().why
     nursery.cancel_scope.cancel()
+
+
+async def test_keys_that_a_killed_daemon_left_are_gone_with_the_next_start(
+    desk: OwnersDesk, paths: Paths, nursery: trio.Nursery
+) -> None:
+    paths.runtime_dir.mkdir(mode=0o700, parents=True)
+    for left in (paths.web_token_file, paths.web_page_file):
+        left.write_text("an old key")
+    await nursery.start(desk.run)
+    assert list(paths.runtime_dir.iterdir()) == []
+    nursery.cancel_scope.cancel()
