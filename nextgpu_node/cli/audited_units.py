@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from nextgpu_node.graph.artifact import Program
 
 _REPEATS: Final = 500
-_UNIT_DEADLINE_S: Final = 60
+_UNIT_DEADLINE_S: Final = 300
 _TIMEOUT_S: Final = 1
-_LONG_S: Final = 60
+_LONG_S: Final = 240
 
 Step = Mapping[str, "Tensor"]
 _Unit = AbstractAsyncContextManager[AsyncIterator[UnitEvent]]

@@ -40,8 +40,8 @@ from nextgpu_node.sdk.api_client import ApiClient
 #: The exit code where a mark was found: what must not be there was there.
 FOUND: Final = 7
 _INCOMPLETE: Final = 1
-_READY_S: Final = 90
-_IDLE_S: Final = 30
+# A launcher imports torch first, on whatever else this machine does.
+_READY_S: Final = 240
 _SHARED_TEMPORARY: Final = ("/tmp", "/var/tmp")  # noqa: S108  searched, never written
 _SETTINGS: Final = {
     "sharing.enabled": "true",
