@@ -22,6 +22,7 @@ from nextgpu_node.errors import JobFailed, NoPeerFound, PeerLost
 from nextgpu_node.graph.artifact import Program
 from nextgpu_node.graph.export import export
 from nextgpu_node.graph.local import run_local
+from nextgpu_node.sandbox.cgroups import find_hierarchy
 from nextgpu_node.sdk.client import Client, Steps, open_client
 from nextgpu_node.sdk.events import (
     Checkpoint,
@@ -299,11 +300,20 @@ async def test_a_daemon_that_is_killed_is_started_again_over_its_leftovers(
     files: Path, linear: Program
 ) -> None:
     with network_of_three() as nodes:
+        killed = nodes.provider.pid
         nodes.provider.kill()
+        # Where it could make one, the cgroup of its warm worker, which no death takes away.
+        assert bool(groups_of(killed)) == (find_hierarchy() is not None)
         peer_id = nodes.provider.ready.peer_id
         assert nodes.provider.start().peer_id == peer_id
         wait_until(lambda: has_peer(nodes.submitter), 60, "the provider to be found again")
         assert run_command(nodes, files).returncode == 0
+        assert groups_of(killed) == []
+
+
+def groups_of(pid: int) -> list[Path]:
+    """The cgroups that a daemon of that process id has made for its workers."""
+    return list(Path("/sys/fs/cgroup").glob(f"**/nextgpu-{pid}.*"))
 
 
 async def test_a_second_daemon_of_the_same_home_is_told_so(nodes: Trio) -> None:
