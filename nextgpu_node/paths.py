@@ -98,6 +98,10 @@ class Paths:
         return self.data_dir / "successions"
 
     @property
+    def network_key_file(self) -> Path:
+        return self.data_dir / "network.key"
+
+    @property
     def tokens_file(self) -> Path:
         return self.state_dir / "tokens.sqlite3"
 
@@ -309,6 +313,15 @@ PATH_REGISTRY: tuple[PathKind, ...] = (
         "until it is deleted; peers then no longer know who this node was",
         personal=True,
         beside=("{name}.new",),
+    ),
+    PathKind(
+        "network_key_file",
+        "network key",
+        "the key of the private network that this node belongs to; without the file it belongs to "
+        "the open one",
+        "until `nextgpu network leave`",
+        personal=True,
+        beside=(".{name}.*.part",),
     ),
     PathKind(
         "state_dir",

@@ -89,7 +89,12 @@ set_up() {
 # The second implementation's two packages.  Without node, npm or a registry its tests are skipped
 # and say so.
 set_up_interop() {
-  local room=tests/interop stamp
+  set_up_node_room tests/interop
+  set_up_node_room tests/interop/libp2p
+}
+
+set_up_node_room() {
+  local room=$1 stamp
   command -v node >/dev/null && command -v npm >/dev/null || return 0
   stamp=$(cat "$room/package.json" "$room/package-lock.json" | sha256sum | cut -c1-32)
   grep -qs "^$stamp" "$room/node_modules/.nextgpu-stamp" && return 0

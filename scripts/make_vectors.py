@@ -260,7 +260,7 @@ CAPACITY: Fields = {
 }
 ANNOUNCEMENT: Fields = {
     "suite": 1,
-    "key": hashlib.sha256(domain("capability") + b"cuda/mem>=24").digest(),
+    "key": hashlib.sha256(domain("capability") + b"cuda/mem=24..80").digest(),
     "addresses": ["/ip4/192.0.2.7/tcp/4650", "/ip6/2001:db8::7/tcp/4650"],
     "issued_at_ms": NOW_MS,
     "expires_at_ms": NOW_MS + 1_800_000,

@@ -82,6 +82,16 @@ _GROUPS: Final = {
             ("status", "service:status", "Whether it is installed and runs."),
         ),
     ),
+    "network": (
+        "Private networks, for those who hold a key.",
+        (
+            ("create", "private_network:create", "Make a network of your own."),
+            ("invite", "private_network:invite", "An invite to this node's network."),
+            ("join", "private_network:join", "Join the network of an invite."),
+            ("show", "private_network:show", "Which network this node belongs to."),
+            ("leave", "private_network:leave", "Go back to the open network."),
+        ),
+    ),
     "identity": (
         "The key that this node is known by.",
         (

@@ -73,6 +73,7 @@ from nextgpu_node.p2p.network import Network
 from nextgpu_node.p2p.settings import P2PSettings
 from nextgpu_node.p2p.streams import PeerStream
 from nextgpu_node.paths import Paths, ensure_private_dir
+from nextgpu_node.private_network import read_network_key
 from nextgpu_node.sharing_settings import limit_views, serving_changes
 
 log = structlog.get_logger()
@@ -106,7 +107,10 @@ class Node:
         }
         if self._has_lanes:
             handlers[LANE_PROTOCOL] = self._serve_lane_request
-        self._network = Network(_p2p_settings(config, identity, known_peers), handlers)
+        network_key = read_network_key(paths.network_key_file)
+        self._network = Network(
+            _p2p_settings(config, identity, known_peers, network_key), handlers
+        )
         self._history = History(paths.unit_history_file, config.history)
         self._provider = Provider(
             config.sharing,
@@ -322,7 +326,12 @@ class Node:
             await self._borrowing.serve(stream)
 
 
-def _p2p_settings(config: Config, identity: Identity, known_peers: tuple[str, ...]) -> P2PSettings:
+def _p2p_settings(
+    config: Config,
+    identity: Identity,
+    known_peers: tuple[str, ...],
+    network_key: bytes | None,
+) -> P2PSettings:
     network = config.network
     bootstrap: Sequence[str] = network.bootstrap
     return P2PSettings(
@@ -331,6 +340,7 @@ def _p2p_settings(config: Config, identity: Identity, known_peers: tuple[str, ..
         announce_addrs=network.announce,
         bootstrap=tuple(bootstrap),
         known_peers=known_peers,
+        network_key=network_key,
         # "auto" is a server until reachability is known: a client would not be found.
         dht_mode="client" if network.mode == "client" else "server",
     )

@@ -39,7 +39,8 @@ _FETCHES_AT_ONCE = 24
 _MAX_CANDIDATES = 200
 _ANNOUNCE_TICK_S = 2
 # Soon again after a start, while a network that starts with us is still meeting itself.
-_ANNOUNCE_AGAIN_S = (5, 15, 60, 600)
+_ANNOUNCE_AGAIN_S = (20, 600)
+_SLOWEST_RETRY_S = 60.0
 _WITHDRAW_S = 1.0
 _lots = random.SystemRandom()
 
@@ -53,21 +54,21 @@ async def serve_capacity(stream: ByteStream, record: Callable[[], bytes]) -> Non
 async def announce_forever(network: Network, keys: Callable[[], Sequence[bytes]]) -> None:
     """Keep our capability keys in the DHT: at once where they change, and again in time."""
     announced: list[bytes] = []
-    times, due_s = 0, 0.0
+    times, failures, due_s, pause_s = 0, 0, 0.0, 0.0
     while True:
         wanted = list(keys())
-        if wanted != announced:
+        if wanted != announced and times:
             times, due_s = 0, 0.0
         is_due = bool(wanted or announced) and trio.current_time() >= due_s
-        if (
-            is_due
-            and network.connected_peers()
-            # Where nobody held some of them, the next tick tries again.
-            and await network.announce(wanted) == len(wanted)
-        ):
-            pause_s = _ANNOUNCE_AGAIN_S[min(times, len(_ANNOUNCE_AGAIN_S) - 1)]
+        if is_due and network.connected_peers():
+            if await network.announce(wanted) == len(wanted):
+                pause_s = _ANNOUNCE_AGAIN_S[min(times, len(_ANNOUNCE_AGAIN_S) - 1)]
+                announced, times, failures = wanted, times + 1, 0
+            else:
+                # Not all of them are held: the network is young, or too busy to be hurried.
+                pause_s = min(_ANNOUNCE_TICK_S * 2.0**failures, _SLOWEST_RETRY_S)
+                failures += 1
             due_s = trio.current_time() + pause_s * _lots.uniform(0.8, 1.2)
-            announced, times = wanted, times + 1
         await trio.sleep(_ANNOUNCE_TICK_S)
 
 

@@ -10,11 +10,13 @@ py-libp2p's KadDHT is not used: see docs/decisions/2026-11-25-own-dht.md.
 
 from __future__ import annotations
 
+import itertools
 import random
 import secrets
 import statistics
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -24,7 +26,7 @@ from nacl.signing import SigningKey
 
 from nextgpu_node.clock import now_ms
 from nextgpu_node.errors import NetworkError, PeerLost
-from nextgpu_node.p2p.lookup import PARALLEL, Lookup
+from nextgpu_node.p2p.lookup import CONFIRMED, PARALLEL, Lookup
 from nextgpu_node.p2p.record_store import HELD, RecordStore
 from nextgpu_node.p2p.routing_table import Node, RoutingTable, network_of
 from nextgpu_node.p2p.streams import PeerStream
@@ -71,7 +73,9 @@ LIFETIME_MS: Final = 30 * 60 * 1000
 SHARD_PROVIDERS: Final = 128
 _SHARDS_READ: Final = 8
 
-_ANSWER_S: Final = 3.0
+_ANSWER_S: Final = 5.0
+# Negotiating a stream costs more than a question: one is kept for the next, well below _SERVE_S.
+_REUSE_S: Final = 5.0
 _SERVE_S: Final = 10.0
 _SERVE_MESSAGES: Final = 64
 _STREAMS_PER_PEER: Final = 4
@@ -85,6 +89,9 @@ _PAGE_RECORDS: Final = 32
 
 _SWEEP_S: Final = 30.0
 _REFRESH_S: Final = 600.0
+# A network that starts with us is still meeting itself.
+_FIRST_REFRESHES_S: Final = (10.0, 60.0)
+_NEIGHBOURS: Final = 16
 _QUIET_S: Final = 900.0
 _FEW_NODES: Final = 8
 
@@ -164,7 +171,8 @@ class Dht:
     """One node's part of the DHT.
 
     `open_stream` opens a stream of the DHT's protocol to a node; `own_addresses` are what we
-    announce; `connected` are the peers that are connected now.
+    announce; `connected_at` is the connected peer of a place, if there is one;
+    `connected_servers` are those that serve the DHT.
     """
 
     def __init__(
@@ -174,14 +182,16 @@ class Dht:
         is_server: bool,
         open_stream: OpenStream,
         own_addresses: Callable[[], Sequence[str]],
-        connected: Callable[[], Iterable[Contact]],
+        connected_at: Callable[[bytes], Contact | None],
+        connected_servers: Callable[[], Sequence[Contact]],
     ) -> None:
         self._signing_key = key
         self.public_key = bytes(key.verify_key)
         self._is_server = is_server
         self._open_stream = open_stream
         self._own_addresses = own_addresses
-        self._connected = connected
+        self._connected_at = connected_at
+        self._connected_servers = connected_servers
         own_place = node_place(self.public_key)
         self.table = RoutingTable(own_place)
         self.store = RecordStore(own_place)
@@ -194,7 +204,10 @@ class Dht:
         self._samplings: OrderedDict[tuple[bytes, int], int] = OrderedDict()
         self._announced: set[bytes] = set()
         self._last_issued_ms = 0
+        self.is_announced = False
+        self._met = trio.Event()
         self._slots: dict[bytes, trio.CapacityLimiter] = {}
+        self._kept: dict[bytes, tuple[PeerStream, float]] = {}
 
     # Keeping the table.
 
@@ -202,14 +215,25 @@ class Dht:
         """Sweep, refresh and look after the quiet ones, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._sweep_forever)
+            nursery.start_soon(self._drop_kept_streams_forever)
             nursery.start_soon(self._refresh_forever)
 
     async def enter(self, contact: Contact, network: str) -> None:
         """A peer that serves the DHT has identified itself; the first few lead to others."""
         is_news = contact.key not in self.table
         node = Node(contact.key, contact.addresses, network, trio.current_time())
-        if self.table.answered(node) and is_news and len(self.table) <= _FEW_NODES:
-            await self.nearest(self._own_place)
+        is_entered = self.table.answered(node)
+        self._met.set()
+        if is_entered and is_news and len(self.table) <= _FEW_NODES:
+            await self.join()
+
+    async def join(self) -> None:
+        """Meet all our neighbours: what belongs near us is looked for at us from then on."""
+        await self.nearest(self._own_place, _NEIGHBOURS)
+
+    async def wait_met(self) -> None:
+        """Until a first server of the DHT has been met."""
+        await self._met.wait()
 
     async def _sweep_forever(self) -> None:
         while True:
@@ -219,20 +243,30 @@ class Dht:
             if quiet is not None:
                 await self._ask_nodes(quiet, self._own_place)
 
+    async def _drop_kept_streams_forever(self) -> None:
+        while True:
+            await trio.sleep(_REUSE_S)
+            await self._drop_kept_streams()
+
     async def _refresh_forever(self) -> None:
         """Now and then look around in every part of the ring that has somebody in it."""
-        while True:
-            await trio.sleep(_REFRESH_S * _lots.uniform(0.75, 1.25))
-            await self.nearest(self._own_place)
+        for pause_s in itertools.chain(_FIRST_REFRESHES_S, itertools.repeat(_REFRESH_S)):
+            await trio.sleep(pause_s * _lots.uniform(0.75, 1.25))
+            await self.join()
             for index in self.table.bucket_indices():
                 await self.nearest(self.table.place_in_bucket(index, secrets.token_bytes(32)))
 
     # Asking.
 
-    async def nearest(self, place: bytes, count: int = HOLDERS) -> list[Node]:
-        """The nodes nearest to `place` that answer, ourselves left out, nearest first."""
-        seeds = self.table.nearest(place, max(count, MAX_CONTACTS))
-        lookup = Lookup(place, count, self.public_key, seeds)
+    async def nearest(self, place: bytes, confirmed: int = CONFIRMED) -> list[Node]:
+        """The nodes nearest to `place`, ourselves left out, nearest first; the first `confirmed`
+        have answered just now."""
+        seeds = self.table.nearest(place, MAX_CONTACTS)
+        if len(seeds) < _FEW_NODES:
+            # A table that an outage has emptied fills again from whoever is connected.
+            known = (Node(c.key, c.addresses, "", 0.0) for c in self._connected_servers())
+            seeds += [node for node in known if node.key not in self.table]
+        lookup = Lookup(place, max(HOLDERS, confirmed), self.public_key, seeds, confirmed)
         changed = trio.Condition()
 
         async def ask_on() -> None:
@@ -255,7 +289,7 @@ class Dht:
         async with trio.open_nursery() as nursery:
             for _ in range(PARALLEL):
                 nursery.start_soon(ask_on)
-        return lookup.result()
+        return lookup.result()[:HOLDERS]
 
     async def find_addresses(self, public_key: bytes) -> tuple[str, ...]:
         """Where a peer can be reached, as it says itself or as a node it is connected to knows."""
@@ -356,11 +390,7 @@ class Dht:
         try:
             async with slots:
                 with trio.fail_after(_ANSWER_S):
-                    stream = await self._open_stream(node.key, node.addresses)
-                    try:
-                        answer = await ask(stream)
-                    finally:
-                        await _finish(stream)
+                    stream, answer = await self._call_on_a_stream(node, ask)
         except _CALL_FAILURES as exc:
             self.table.failed(node.key)
             log.debug("dht.no_answer", cause=type(exc).__name__)
@@ -371,6 +401,46 @@ class Dht:
         network = network_of(stream.remote_ip)
         self.table.answered(Node(node.key, node.addresses, network, trio.current_time()))
         return answer
+
+    async def _call_on_a_stream(
+        self, node: Node, ask: Callable[[PeerStream], Awaitable[T]]
+    ) -> tuple[PeerStream, T]:
+        """On the stream of an earlier call where there is one that still works."""
+        kept = self._kept.pop(node.key, None)
+        if kept is not None:
+            stream, opened_s = kept
+            if trio.current_time() - opened_s < _REUSE_S:
+                with suppress(PeerLost):
+                    return stream, await self._ask_and_keep(node, stream, opened_s, ask)
+            else:
+                await _finish(stream)
+        stream = await self._open_stream(node.key, node.addresses)
+        return stream, await self._ask_and_keep(node, stream, trio.current_time(), ask)
+
+    async def _ask_and_keep(
+        self,
+        node: Node,
+        stream: PeerStream,
+        opened_s: float,
+        ask: Callable[[PeerStream], Awaitable[T]],
+    ) -> T:
+        try:
+            answer = await ask(stream)
+        except BaseException:
+            await stream.reset()
+            raise
+        if node.key in self._kept:
+            await _finish(stream)
+        else:
+            self._kept[node.key] = (stream, opened_s)
+        return answer
+
+    async def _drop_kept_streams(self) -> None:
+        now_s = trio.current_time()
+        for key, (stream, opened_s) in list(self._kept.items()):
+            if now_s - opened_s >= _REUSE_S and self._kept.get(key) == (stream, opened_s):
+                del self._kept[key]
+                await _finish(stream)
 
     def _verified_untrusted(
         self, records: Iterable[bytes], wanted: Find
@@ -418,6 +488,7 @@ class Dht:
             pending = [key for key in pending if self._samplings.get((key, level), 0)]
         while len(self._samplings) > _MAX_TRACKED:
             self._samplings.popitem(last=False)
+        self.is_announced = held.issuperset(keys)
         log.debug("capabilities.announced", keys=len(keys))
         return len(held.intersection(keys))
 
@@ -544,9 +615,10 @@ class Dht:
         nodes = self.table.nearest(target, MAX_CONTACTS)
         near = [Contact(n.key, n.addresses) for n in nodes if n.key != asker]
         # Whoever asks for exactly one peer may be told where it is, though it is no server.
-        exact = [c for c in self._connected() if node_place(c.key) == target]
-        known = {contact.key for contact in exact}
-        return (exact + [c for c in near if c.key not in known])[:MAX_CONTACTS]
+        exact = self._connected_at(target)
+        if exact is not None:
+            near = [exact, *(contact for contact in near if contact.key != exact.key)]
+        return near[:MAX_CONTACTS]
 
     def _take(self, item: StoreItem, stream: PeerStream) -> StoreResult:
         if not self._stores.take(stream.peer_id, 1, trio.current_time()):

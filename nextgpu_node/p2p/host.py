@@ -25,8 +25,11 @@ from multiaddr import Multiaddr
 
 from nextgpu_node.errors import NetworkError
 from nextgpu_node.p2p import hardening
+from nextgpu_node.p2p.private_noise import PROTOCOL_ID as PRIVATE_NOISE_ID
+from nextgpu_node.p2p.private_noise import PrivateNoise
 from nextgpu_node.p2p.settings import P2PSettings
 from nextgpu_node.p2p.yamux import MuxLimits, ReceiveBudget
+from nextgpu_node.private_network import KEY_BYTES as NETWORK_KEY_BYTES
 
 _SEED_BYTES = 32
 
@@ -40,8 +43,7 @@ def build_host(
     keys = _key_pair(settings.key_seed)
     # One security transport and one muxer: the stock defaults also accept plaintext and SECIO,
     # over which a caller can claim any peer ID (defect 2).
-    noise = NoiseTransport(keys, noise_privkey=create_noise_key_pair().private_key)
-    upgrader = TransportUpgrader({NOISE_ID: noise}, {})
+    upgrader = TransportUpgrader(_security(keys, settings.network_key), {})
     upgrader.muxer_multistream = hardening.HardenedMuxer(
         MuxLimits(
             max_inbound_streams=settings.max_streams_per_peer,
@@ -70,6 +72,16 @@ def build_host(
         settings=settings,
         on_identified=on_identified,
     )
+
+
+def _security(keys: Any, network_key: bytes | None) -> dict[Any, Any]:
+    """The one security protocol that is spoken: in a private network, not the open one's."""
+    noise_key = create_noise_key_pair().private_key
+    if network_key is None:
+        return {NOISE_ID: NoiseTransport(keys, noise_privkey=noise_key)}
+    if len(network_key) != NETWORK_KEY_BYTES:
+        raise NetworkError(f"A network's key has {NETWORK_KEY_BYTES} bytes.")
+    return {PRIVATE_NOISE_ID: PrivateNoise(keys, noise_key, network_key)}
 
 
 def _connection_config(settings: P2PSettings) -> ConnectionConfig:

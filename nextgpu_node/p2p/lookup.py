@@ -6,12 +6,16 @@ bring back what came of it.  The network (dht.py) and the simulation run this sa
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from typing import Final, Generic, Protocol, TypeVar
 
 from nextgpu_protocol.dht import distance
 
-PARALLEL: Final = 4
+PARALLEL: Final = 3
+# Each answer names the nodes that its giver knows there.  When the three nearest agree, the others
+# are taken as heard: asking all eight would treble the questions and tell nothing new.
+CONFIRMED: Final = 3
 # Far above any honest lookup: it bounds what lying nodes can make us do.
 MAX_ASKED: Final = 64
 
@@ -30,17 +34,25 @@ P = TypeVar("P", bound=Placed)
 
 
 class Lookup(Generic[P]):
-    """Finds the `count` nodes nearest to `target` that answer, from `seeds` on."""
+    """Finds the `count` nodes nearest to `target`, from `seeds` on; the nearest `confirmed` of them
+    have answered, the others were named by somebody and have not failed."""
 
-    def __init__(self, target: bytes, count: int, own_key: bytes, seeds: Iterable[P]) -> None:
+    def __init__(
+        self,
+        target: bytes,
+        count: int,
+        own_key: bytes,
+        seeds: Iterable[P],
+        confirmed: int = CONFIRMED,
+    ) -> None:
         self._target = target
         self._count = count
+        self._confirmed = confirmed
         self._heard: dict[bytes, P] = {}
         self._distance: dict[bytes, int] = {}
         self._waiting: set[bytes] = set()
         self._asked: set[bytes] = {own_key}
         self._failed: set[bytes] = set()
-        self._answered: set[bytes] = set()
         self._own_key = own_key
         self._add(seeds)
 
@@ -53,7 +65,7 @@ class Lookup(Generic[P]):
         """A node to ask now, or None: then wait for an answer, or, if `is_done`, stop."""
         if self.asked >= MAX_ASKED:
             return None
-        for key in self._nearest_alive():
+        for key in self._nearest_alive(self._confirmed):
             if key not in self._asked:
                 self._asked.add(key)
                 self._waiting.add(key)
@@ -62,15 +74,15 @@ class Lookup(Generic[P]):
 
     @property
     def is_done(self) -> bool:
-        """True once the nearest nodes that are known have all answered."""
+        """True once the nearest nodes that are known have answered."""
         return not self._waiting and (
-            self.asked >= MAX_ASKED or all(key in self._asked for key in self._nearest_alive())
+            self.asked >= MAX_ASKED
+            or all(key in self._asked for key in self._nearest_alive(self._confirmed))
         )
 
     def answered(self, key: bytes, contacts: Iterable[P]) -> None:
         """`key` has answered with the nodes that it knows."""
         self._waiting.discard(key)
-        self._answered.add(key)
         self._add(contacts)
 
     def failed(self, key: bytes) -> None:
@@ -78,13 +90,12 @@ class Lookup(Generic[P]):
         self._failed.add(key)
 
     def result(self) -> list[P]:
-        """The nearest nodes that have answered, nearest first, at most `count`."""
-        keys = sorted(self._answered, key=self._distance.__getitem__)
-        return [self._heard[key] for key in keys[: self._count]]
+        """The nearest nodes, nearest first, at most `count`."""
+        return [self._heard[key] for key in self._nearest_alive(self._count)]
 
-    def _nearest_alive(self) -> list[bytes]:
+    def _nearest_alive(self, count: int) -> list[bytes]:
         alive = (key for key in self._heard if key not in self._failed)
-        return sorted(alive, key=self._distance.__getitem__)[: self._count]
+        return heapq.nsmallest(count, alive, key=self._distance.__getitem__)
 
     def _add(self, contacts: Iterable[P]) -> None:
         for contact in contacts:

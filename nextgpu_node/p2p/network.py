@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 import structlog
@@ -28,7 +29,7 @@ from nextgpu_node.p2p.routing_table import network_of
 from nextgpu_node.p2p.settings import P2PSettings
 from nextgpu_node.p2p.streams import PeerStream
 from nextgpu_node.p2p.yamux import Yamux
-from nextgpu_protocol.dht import Contact
+from nextgpu_protocol.dht import Contact, node_place
 from nextgpu_protocol.ids import peer_id_from_public_key, public_key_from_peer_id
 from nextgpu_protocol.limits import MAX_ADDRESS_BYTES, MAX_ADDRESSES
 
@@ -43,6 +44,7 @@ _ENTER_PEER_S = 30.0
 _ADDRESS_LIFETIME_S = 1800
 _KNOWN_PEERS_AT_ONCE = 4
 _KNOWN_PEERS_TRIED = 32
+_MEET_S = 3.0
 _PRUNE_S = 15.0
 _IDLE_S = 60.0
 _jitter = random.SystemRandom()
@@ -95,7 +97,8 @@ class Network:
             is_server=is_server,
             open_stream=self._open_dht_stream,
             own_addresses=self._own_addresses,
-            connected=self._connected_contacts,
+            connected_at=self._connected_at,
+            connected_servers=self._connected_servers,
         )
         if is_server:
             host.set_stream_handler(DHT_PROTOCOL, _as_libp2p_handler(dht.serve))
@@ -202,11 +205,20 @@ class Network:
         """
         return await self._running_dht().announce(keys)
 
+    @property
+    def is_announced(self) -> bool:
+        """Whether the network held everything that was announced last."""
+        return self._dht is not None and self._dht.is_announced
+
     async def find(self, key: bytes) -> FoundProviders:
         """Who announces `key`, each statement verified.  Some may have gone: ask them."""
         host, dht = self._running_host(), self._running_dht()
         if len(key) != len(dht.public_key):
             raise ValueError(f"a capability key has {len(dht.public_key)} bytes, not {len(key)}")
+        if self._settings.bootstrap or self._settings.known_peers:
+            # Asked right after the start: there is a network, and it is about to be met.
+            with trio.move_on_after(_MEET_S):
+                await dht.wait_met()
         found = await dht.find(key)
         for record in found.records:
             if record.signer_id != self.peer_id:
@@ -252,10 +264,17 @@ class Network:
         fitting = [address for address in addresses if len(address) <= MAX_ADDRESS_BYTES]
         return tuple(dict.fromkeys(fitting))[:MAX_ADDRESSES]
 
-    def _connected_contacts(self) -> list[Contact]:
+    def _connected_at(self, place: bytes) -> Contact | None:
         host = self._running_host()
-        contacts = (self._contact(host, peer) for peer in host.get_connected_peers())
-        return [contact for contact in contacts if contact is not None]
+        for peer in host.get_connected_peers():
+            if _place_of(peer) == place:
+                return self._contact(host, peer)
+        return None
+
+    def _connected_servers(self) -> list[Contact]:
+        host = self._running_host()
+        serving = (p for p in host.get_connected_peers() if self._serves_dht(host, p))
+        return [c for c in (self._contact(host, peer) for peer in serving) if c is not None]
 
     def _contact(self, host: HardenedHost, peer: ID) -> Contact | None:
         """A peer as others are told of it; None where its key is of another kind."""
@@ -381,6 +400,15 @@ class Network:
         if peer_id == self.peer_id:
             raise NetworkError("That is this node's own peer ID.")
         return ID.from_base58(peer_id)
+
+
+@lru_cache(maxsize=4096)
+def _place_of(peer: ID) -> bytes | None:
+    """A peer's place in the DHT; None where its key is of another kind."""
+    try:
+        return node_place(public_key_from_peer_id(str(peer)))
+    except ValueError:
+        return None
 
 
 def _unreachable(exc: BaseException) -> str:

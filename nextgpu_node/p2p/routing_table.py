@@ -23,7 +23,7 @@ BUCKET_NODES: Final = 20
 PER_NETWORK_IN_BUCKET: Final = 2
 PER_NETWORK_IN_TABLE: Final = 10
 _WAITING: Final = 5
-_FAILURES_TO_LEAVE: Final = 2
+_FAILURES_TO_LEAVE: Final = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ class P2PSettings:
     # DHT servers of an earlier run, as `bootstrap`: tried once, after which they may be gone.
     known_peers: tuple[str, ...] = ()
     dht_mode: Literal["server", "client"] = "server"
+    # 32 bytes: only nodes with the same key are met, and none without.  None: the open network.
+    network_key: bytes | None = field(default=None, repr=False)
 
     max_connections: int = 400
     idle_connections: int = 64  # kept open though nobody uses them

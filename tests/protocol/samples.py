@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nacl.signing import SigningKey
@@ -166,3 +167,8 @@ def submitter_keys() -> StreamKeys:
 
 def peer_key(key: SigningKey) -> PeerKey:
     return PeerKey(bytes(key.verify_key))
+
+
+def fresh_capacity(now_ms: int) -> Capacity:
+    """The sample, issued now."""
+    return replace(CAPACITY, issued_at_ms=now_ms, expires_at_ms=now_ms + 60_000)

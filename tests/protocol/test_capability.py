@@ -37,12 +37,23 @@ def test_what_is_found_is_at_most_one_bucket_too_small(kind: str, total: int, ne
 
 
 @given(kinds, sizes)
-def test_a_device_has_at_most_ten_keys_and_none_twice(kind: str, total: int) -> None:
-    keys = keys_for_capacity(kind, total)
-    assert 1 <= len(keys) == len(set(keys)) <= 10
+def test_a_device_has_three_keys_and_a_need_at_most_four(kind: str, size: int) -> None:
+    assert len(set(keys_for_capacity(kind, size))) == 3
+    assert 1 <= len(keys_for_need(kind, size)) <= 4
+
+
+@given(kinds, sizes, sizes)
+def test_no_device_is_found_twice_by_one_need(kind: str, total: int, needed: int) -> None:
+    assert len(set(keys_for_need(kind, needed)) & set(keys_for_capacity(kind, total))) <= 1
 
 
 def test_a_key_is_what_the_spec_says() -> None:
-    plain = b"NextGPU/1 capability\x00cuda/mem>=24"
-    assert keys_for_need("cuda", 30 * GIB) == [hashlib.sha256(plain).digest()]
-    assert keys_for_capacity("cuda", 24 * GIB)[-1] == hashlib.sha256(plain).digest()
+    def key(text: bytes) -> bytes:
+        return hashlib.sha256(b"NextGPU/1 capability\x00" + text).digest()
+
+    assert keys_for_need("cuda", 30 * GIB) == [key(b"cuda/mem=24..80")]
+    assert keys_for_need("cpu", 0) == [key(b"cpu/mem=0..80")]
+    parts = (b"cuda/mem=12..12", b"cuda/mem=16..16", b"cuda/mem=24..80")
+    assert keys_for_need("cuda", 12 * GIB) == [key(text) for text in parts]
+    ranges = (b"cuda/mem=0..80", b"cuda/mem=24..80", b"cuda/mem=24..24")
+    assert keys_for_capacity("cuda", 24 * GIB) == [key(text) for text in ranges]

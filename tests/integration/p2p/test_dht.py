@@ -281,16 +281,16 @@ async def test_a_fast_lie_of_full_places_does_not_send_a_provider_away() -> None
 
     async with trio.open_nursery() as nursery:
         _, address = await start(nursery)
+        addresses = [address]
         for _ in range(2):
-            await start(nursery, bootstrap=(address,))
+            addresses.append((await start(nursery, bootstrap=(address,)))[1])
         for _ in range(2):
-            await start(nursery, lying(answer), bootstrap=(address,), dht_mode="client")
-        provider, _ = await start(nursery, bootstrap=(address,), dht_mode="client")
-        await until(lambda: table_size(provider) >= 1)
-        with trio.fail_after(10):
-            while table_size(provider) < 5:
-                assert provider._dht is not None
-                await provider._dht.nearest(provider._dht._own_place)
+            _, liar = await start(nursery, lying(answer), bootstrap=(address,), dht_mode="client")
+            addresses.append(liar)
+        provider, _ = await start(nursery, dht_mode="client")
+        for one in addresses:
+            await provider.connect(one)
+        await until(lambda: table_size(provider) == 5, 15)
         assert await provider.announce([KEY]) == 1
         assert provider._dht is not None
         assert provider._dht._samplings[KEY, 0] == 0

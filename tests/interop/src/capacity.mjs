@@ -6,8 +6,8 @@ import { fail } from "./errors.mjs";
 
 export const BUCKETS_GIB = [0, 1, 4, 8, 12, 16, 24, 40, 80];
 
-export const capabilityKey = (kind, bucketGib) =>
-  sodium.crypto_hash_sha256(concat(domain("capability"), ascii(`${kind}/mem>=${bucketGib}`)));
+export const capabilityKey = (kind, first, last) =>
+  sodium.crypto_hash_sha256(concat(domain("capability"), ascii(`${kind}/mem=${first}..${last}`)));
 
 /** What a reader must check in what a provider says of itself. */
 export function checkCapacity({ signer, message }, providerKey, nowMs) {
