@@ -108,9 +108,7 @@ class Node:
         if self._has_lanes:
             handlers[LANE_PROTOCOL] = self._serve_lane_request
         network_key = read_network_key(paths.network_key_file)
-        self._network = Network(
-            _p2p_settings(config, identity, known_peers, network_key), handlers
-        )
+        self._network = Network(_p2p_settings(config, identity, known_peers, network_key), handlers)
         self._history = History(paths.unit_history_file, config.history)
         self._provider = Provider(
             config.sharing,
