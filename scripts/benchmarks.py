@@ -9,6 +9,7 @@
     programs    steps of five models beside eager torch in the same process
     sandbox     workers: birth, memory, wipe, and the daemon under bombs (bench_sandbox.py)
     lending     from the owner's pause to the end of the worker (bench_lending.py)
+    discovery   100 nodes found by need (bench_discovery.py)
     submit      an Executor beside Dask with TLS and Ray (bench_submit.py)
 
 Every figure of one run is taken on the same machine in the same minutes: read the ratios.
@@ -59,6 +60,7 @@ NAMES = (
     "idle",
     "demo",
     "submit",
+    "discovery",
     "sandbox",
     "programs",
     "protocol",
@@ -506,6 +508,10 @@ def main() -> None:
         from scripts.bench_lending import lending
 
         figures = lending(SETTINGS)
+    elif arguments.name == "discovery":
+        from scripts.bench_discovery import discovery
+
+        figures = discovery()
     elif arguments.name == "submit":
         from scripts.bench_submit import submit
 

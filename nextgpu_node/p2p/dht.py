@@ -72,6 +72,7 @@ LIFETIME_MS: Final = 30 * 60 * 1000
 # A shard is read whole, and a reader draws shards of about this many.
 SHARD_PROVIDERS: Final = 128
 _SHARDS_READ: Final = 8
+ESTIMATE_S: Final = 3600.0
 
 _ANSWER_S: Final = 5.0
 # Negotiating a stream costs more than a question: one is kept for the next, well below _SERVE_S.
@@ -203,6 +204,7 @@ class Dht:
         self._pacers: OrderedDict[bytes, Pacer] = OrderedDict()
         self._samplings: OrderedDict[tuple[bytes, int], int] = OrderedDict()
         self._announced: set[bytes] = set()
+        self._estimates: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
         self._last_issued_ms = 0
         self.is_announced = False
         self._met = trio.Event()
@@ -306,10 +308,14 @@ class Dht:
 
     async def find(self, key: bytes, wanted: int = 200) -> FoundProviders:
         """Who announces `key`: everybody, or where there are many an even sample of `wanted`."""
-        root = await self._read_shard(Find(key, 0, 0))
-        estimate = len(root.records) << root.sampling
-        if not root.sampling:
-            return FoundProviders(tuple(root.records.values()), estimate, is_sample=False)
+        estimate = self._remembered_estimate(key)
+        root = None
+        if not estimate:
+            root = await self._read_shard(Find(key, 0, 0))
+            estimate = len(root.records) << root.sampling
+            if not root.sampling:
+                return FoundProviders(tuple(root.records.values()), estimate, is_sample=False)
+            self._remember_estimate(key, estimate)
         level = level_for(estimate)
         in_shard = max(estimate / 16**level, 1.0)
         count = min(_SHARDS_READ, int(wanted / in_shard) + 1, 16**level)
@@ -322,10 +328,25 @@ class Dht:
             for branch in _lots.sample(range(16**level), count):
                 nursery.start_soon(read, branch)
         found = {signer: one for shard in shards for signer, one in shard.records.items()}
-        if len(found) < min(wanted, len(root.records)):
-            # Shards that say less than the root promised: its own sample then counts, too.
+        if len(found) < min(wanted, SHARD_PROVIDERS) // 2:
+            # Shards that hold less than was to be expected: the sample of level 0 counts, too.
+            self._estimates.pop(key, None)
+            root = root or await self._read_shard(Find(key, 0, 0))
             found |= root.records
         return FoundProviders(tuple(found.values()), estimate, is_sample=True)
+
+    def _remembered_estimate(self, key: bytes) -> int:
+        """How many announced a crowded key within the last hour; 0 where it must be asked.
+
+        Level 0 of a key that everybody looks for would otherwise be asked by everybody each time.
+        """
+        estimate, at_s = self._estimates.get(key, (0, 0.0))
+        return estimate if trio.current_time() - at_s < ESTIMATE_S else 0
+
+    def _remember_estimate(self, key: bytes, estimate: int) -> None:
+        self._estimates[key] = (estimate, trio.current_time())
+        while len(self._estimates) > _MAX_TRACKED:
+            self._estimates.popitem(last=False)
 
     async def _read_deep(self, wanted: Find) -> _Shard:
         """A shard, or where it is overfull one below it."""

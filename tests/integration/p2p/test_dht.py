@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -30,6 +31,7 @@ from nextgpu_protocol.dht import (
     Stored,
     StoreItem,
     encode_dht,
+    open_announcement_untrusted,
 )
 from nextgpu_protocol.envelope import sign_message
 from nextgpu_protocol.errors import ErrorCode
@@ -338,4 +340,39 @@ async def test_questions_that_are_none_end_their_stream_only() -> None:
         for _ in range(3):  # several questions on one stream
             await stream.send_all(encode_dht(FindNode(KEY)))
             assert isinstance(await dhts.receive_untrusted(stream), Nodes)
+        nursery.cancel_scope.cancel()
+
+
+async def test_of_a_crowded_key_each_search_finds_another_even_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """600 announce it, 256 fit at one place: shards hold everybody, and level 0 tells how many."""
+    asked: list[int] = []
+    read_shard = dhts.Dht._read_shard
+
+    async def spy(dht: dhts.Dht, wanted: Find) -> Any:
+        asked.append(wanted.level)
+        return await read_shard(dht, wanted)
+
+    monkeypatch.setattr(dhts.Dht, "_read_shard", spy)
+    async with trio.open_nursery() as nursery:
+        holder, address = await start(nursery)
+        seeker, _ = await start(nursery, bootstrap=(address,), dht_mode="client")
+        await until(lambda: table_size(seeker))
+        assert holder._dht is not None
+        assert seeker._dht is not None
+        for number in range(600):
+            data = announcement(hashlib.sha256(b"%d" % number).digest())
+            signed = open_announcement_untrusted(data, now_ms=now_ms())
+            for level in (0, 1):
+                holder._dht.store.put(signed, level, "")
+        seen: Counter[str] = Counter()
+        for _ in range(8):
+            found = await seeker._dht.find(KEY)
+            assert found.is_sample
+            assert 400 < found.estimate < 800
+            assert len(found.records) > 100
+            seen.update(one.signer_id for one in found.records)
+        assert len(seen) > 500
+        assert asked.count(0) == 1
         nursery.cancel_scope.cancel()
