@@ -7,6 +7,7 @@ bring back what came of it.  The network (dht.py) and the simulation run this sa
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ PARALLEL: Final = 3
 # Each answer names the nodes that its giver knows there.  When the three nearest agree, the others
 # are taken as heard: asking all eight would treble the questions and tell nothing new.
 CONFIRMED: Final = 3
+_DEAD_TOLD: Final = 4
 # Far above any honest lookup: it bounds what lying nodes can make us do.
 MAX_ASKED: Final = 64
 
@@ -54,7 +56,10 @@ class Lookup(Generic[P]):
         self._asked: set[bytes] = {own_key}
         self._failed: set[bytes] = set()
         self._own_key = own_key
-        self._add(seeds)
+        self._teller: dict[bytes, bytes] = {}
+        self._dead_told: Counter[bytes] = Counter()
+        self._trusted: set[bytes] = set()
+        self._add(seeds, own_key)
 
     @property
     def asked(self) -> int:
@@ -83,11 +88,23 @@ class Lookup(Generic[P]):
     def answered(self, key: bytes, contacts: Iterable[P]) -> None:
         """`key` has answered with the nodes that it knows."""
         self._waiting.discard(key)
-        self._add(contacts)
+        self._trusted.add(self._teller[key])
+        self._add(contacts, key)
 
     def failed(self, key: bytes) -> None:
         self._waiting.discard(key)
         self._failed.add(key)
+        teller = self._teller[key]
+        self._dead_told[teller] += 1
+        if teller != self._own_key and self._dead_told[teller] >= _DEAD_TOLD:
+            self._disbelieve(teller)
+
+    def _disbelieve(self, teller: bytes) -> None:
+        """Nobody whom this node named has answered: the rest of them is not asked, or it could keep
+        a lookup busy with nodes that do not exist."""
+        if teller not in self._trusted:
+            told = (key for key, by in self._teller.items() if by == teller)
+            self._failed.update(key for key in told if key not in self._asked)
 
     def result(self) -> list[P]:
         """The nearest nodes, nearest first, at most `count`."""
@@ -97,8 +114,9 @@ class Lookup(Generic[P]):
         alive = (key for key in self._heard if key not in self._failed)
         return heapq.nsmallest(count, alive, key=self._distance.__getitem__)
 
-    def _add(self, contacts: Iterable[P]) -> None:
+    def _add(self, contacts: Iterable[P], teller: bytes) -> None:
         for contact in contacts:
             if contact.key != self._own_key and contact.key not in self._heard:
                 self._heard[contact.key] = contact
+                self._teller[contact.key] = teller
                 self._distance[contact.key] = distance(contact.place, self._target)

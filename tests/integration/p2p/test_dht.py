@@ -212,6 +212,15 @@ async def poisoned(stream: PeerStream, question: DhtMessage) -> None:
     await stream.send_all(encode_dht(Found(48, records, more=False)))
 
 
+async def misplaced(stream: PeerStream, question: DhtMessage) -> None:
+    """A good announcement of somebody else, of another key."""
+    if not isinstance(question, Find):
+        await stream.send_all(encode_dht(Nodes(())))
+        return
+    other = announcement(os.urandom(32), key=hashlib.sha256(b"elsewhere").digest())
+    await stream.send_all(encode_dht(Found(0, (other,), more=False)))
+
+
 async def replaying(stream: PeerStream, question: DhtMessage) -> None:
     """A record that was true once."""
     if not isinstance(question, Find):
@@ -247,7 +256,9 @@ async def strangers(stream: PeerStream, question: DhtMessage) -> None:
     await stream.send_all(encode_dht(Nodes(contacts)))
 
 
-@pytest.mark.parametrize("answer", [poisoned, replaying, endless, garbage, huge, silent, strangers])
+@pytest.mark.parametrize(
+    "answer", [poisoned, misplaced, replaying, endless, garbage, huge, silent, strangers]
+)
 async def test_liars_among_the_holders_hide_nobody_and_add_nobody(
     answer: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

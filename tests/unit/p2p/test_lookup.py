@@ -105,3 +105,20 @@ def test_nobody_to_ask_is_the_end() -> None:
     lookup: Lookup[Node] = Lookup(os.urandom(32), 8, b"own", [])
     assert lookup.is_done
     assert lookup.result() == []
+
+
+def test_a_node_that_names_only_the_dead_is_not_believed_for_long() -> None:
+    liar, honest = nearer(50), nearer(10)
+    lookup = Lookup(bytes(32), 8, b"own", [liar, honest])
+    invented = [nearer(1000 + number) for number in range(20)]
+    while (asked := lookup.next()) is not None:
+        if asked == liar:
+            lookup.answered(asked.key, invented)
+        elif asked == honest:
+            lookup.answered(asked.key, [nearer(20)])
+        elif asked in invented:
+            lookup.failed(asked.key)
+        else:
+            lookup.answered(asked.key, [])
+    assert lookup.asked <= 2 + 4 + 1
+    assert lookup.result() == [liar, nearer(20), honest]
