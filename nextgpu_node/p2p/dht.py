@@ -82,7 +82,6 @@ _SERVE_MESSAGES: Final = 64
 _STREAMS_PER_PEER: Final = 4
 # One less than is served: the last one may not have ended on the other side yet.
 _CALLS_PER_NODE: Final = 3
-_HANDLERS: Final = 64
 _STORES_AT_ONCE: Final = 8
 _LOOKUPS_AT_ONCE: Final = 4
 _PAGE_BYTES: Final = MAX_MESSAGE_BYTES - 256
@@ -198,7 +197,6 @@ class Dht:
         self.store = RecordStore(own_place)
         self._own_place = own_place
         self._streams_of: Counter[str] = Counter()
-        self._handlers = trio.CapacityLimiter(_HANDLERS)
         self._stores = Allowance(STORES_PER_WINDOW, WINDOW_S)
         self._questions = Allowance(QUESTIONS_PER_WINDOW, WINDOW_S)
         self._pacers: OrderedDict[bytes, Pacer] = OrderedDict()
@@ -601,11 +599,12 @@ class Dht:
             return
         self._streams_of[peer] += 1
         try:
-            async with self._handlers:
-                with trio.move_on_after(_SERVE_S) as scope:
-                    await self._serve_untrusted(stream)
-                if scope.cancelled_caught:
-                    await stream.reset()
+            # No limit on all streams together: peers keep theirs open between two questions, and
+            # whoever is silent would shut the others out.  A stream that waits costs a task.
+            with trio.move_on_after(_SERVE_S) as scope:
+                await self._serve_untrusted(stream)
+            if scope.cancelled_caught:
+                await stream.reset()
         finally:
             self._streams_of[peer] -= 1
             if not self._streams_of[peer]:
@@ -618,7 +617,8 @@ class Dht:
                 return
             if not self._questions.take(stream.peer_id, 1, trio.current_time()):
                 raise RemoteProtocolError(ErrorCode.RATE_LIMITED, "DHT questions")
-            await stream.send_all(b"".join(map(encode_dht, self._answers(question, stream))))
+            for answer in self._answers(question, stream):
+                await stream.send_all(encode_dht(answer))
 
     def _answers(self, question: DhtMessage, stream: PeerStream) -> list[DhtMessage]:
         match question:

@@ -387,3 +387,19 @@ async def test_of_a_crowded_key_each_search_finds_another_even_sample(
         assert len(seen) > 500
         assert asked.count(0) == 1
         nursery.cancel_scope.cancel()
+
+
+async def test_idle_streams_of_many_peers_shut_nobody_out() -> None:
+    """Peers keep a stream for their next question: a limit on all of them would be used up."""
+    async with trio.open_nursery() as nursery:
+        holder, address = await start(nursery)
+        for _ in range(18):
+            idler, _ = await start(nursery, dht_mode="client")
+            await idler.connect(address)
+            for _ in range(4):
+                await idler.open_stream(holder.peer_id, DHT_PROTOCOL)
+        provider, _ = await start(nursery, bootstrap=(address,), dht_mode="client")
+        await until(lambda: table_size(provider))
+        with trio.fail_after(4):
+            assert await provider.announce([KEY]) == 1
+        nursery.cancel_scope.cancel()
