@@ -397,7 +397,8 @@ async def test_idle_streams_of_many_peers_shut_nobody_out() -> None:
             idler, _ = await start(nursery, dht_mode="client")
             await idler.connect(address)
             for _ in range(4):
-                await idler.open_stream(holder.peer_id, DHT_PROTOCOL)
+                with suppress(PeerLost):  # the fifth: it keeps one of its own
+                    await idler.open_stream(holder.peer_id, DHT_PROTOCOL)
         provider, _ = await start(nursery, bootstrap=(address,), dht_mode="client")
         await until(lambda: table_size(provider))
         with trio.fail_after(4):
