@@ -304,6 +304,7 @@ async def test_daemon_takes_no_descriptor_from_a_worker(tmp_path: Path) -> None:
     with attacked_host(tmp_path) as facts:
         async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
             worker = await launcher.spawn_planned(plan, wall_s=60)
+            await worker._slot.wait_joined()  # its cgroup is a file that is open meanwhile
             before = _open_descriptors()
             assert (await verdict(worker, "smuggle_descriptor_out", facts))["open"]
             assert _open_descriptors() == before
