@@ -54,7 +54,7 @@ async def owner(pair: Swarm) -> AsyncIterator[ApiClient]:
     """The owner at the provider; afterwards it lends to everybody again."""
     provider = pair.providers[0]
     async with ApiClient(provider.paths.api_socket) as api:
-        await wait_for(api, lambda sharing: sharing.free_slots > 0)
+        await lending(pair, api)
         yield api
         say(provider.home)
         await api.set_sharing(True)
@@ -70,6 +70,15 @@ async def wait_for(api: ApiClient, condition: Callable[[SharingView], bool]) -> 
         while not condition(sharing := (await api.status()).sharing):  # noqa: ASYNC110
             await trio.sleep(0.05)
         return sharing
+
+
+async def lending(pair: Swarm, api: ApiClient) -> None:
+    """Until the provider lends, and its announcement has reached the submitter."""
+    await wait_for(api, lambda sharing: sharing.free_slots > 0)
+    async with ApiClient(pair.submitter.paths.api_socket) as submitter:
+        with trio.fail_after(90):
+            while not (await submitter.peers(PeerNeed())).peers:  # noqa: ASYNC110  as above
+                await trio.sleep(0.1)
 
 
 @dataclass
@@ -174,7 +183,7 @@ async def test_share_off_in_the_middle_of_a_unit_loses_nothing(
     sharing = (await owner.status()).sharing
     assert (sharing.active, sharing.state) == (False, "off")
     await owner.set_sharing(True)
-    await wait_for(owner, lambda sharing: sharing.free_slots > 0)
+    await lending(pair, owner)
     async with running(pair, training, carry=job.checkpoint.carry) as rest:
         await rest.step()
     async with running(pair, training) as whole:
