@@ -140,7 +140,7 @@ class Slot:
         if self.group is not None and self.group.out_of_memory():
             return "oom"
         cpu_limit_s = dict(self.plan.rlimits).get("RLIMIT_CPU")
-        # The kernel compares at clock ticks, and the accounting is rounded to them.
-        if cpu_limit_s is not None and cpu_s >= cpu_limit_s - 0.1:
+        # The kernel compares whole clock ticks, which on busy cores are more than what was used.
+        if cpu_limit_s is not None and cpu_s >= 0.75 * cpu_limit_s - 0.1:
             return "cpu-limit"
         return "signalled"

@@ -122,7 +122,7 @@ async def test_cpu_limit_ends_a_busy_loop(tmp_path: Path) -> None:
     async with running_launcher(tmp_path, ATTACK_WORKER) as launcher:
         exit_ = await _end_of(launcher, "cpu_loop", cpu_s=1)
     assert exit_.reason == "cpu-limit"
-    assert 0.9 <= exit_.cpu_s < 2
+    assert 0.6 <= exit_.cpu_s < 2
 
 
 async def test_wall_limit_ends_a_sleeper(tmp_path: Path) -> None:
