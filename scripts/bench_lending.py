@@ -27,6 +27,7 @@ from torch import nn
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from nextgpu_node.api_types import PeerNeed  # noqa: E402
 from nextgpu_node.errors import NextGPUError  # noqa: E402
 from nextgpu_node.graph.artifact import Program  # noqa: E402
 from nextgpu_node.graph.optimizers import SGD  # noqa: E402
@@ -72,7 +73,7 @@ async def _case(
     program, step = _training(width, batch)
     gone_s, saved = [], 0
     for _ in range(ROUNDS):
-        await _until_lending(owner)
+        await _until_lending(pair, owner)
         seconds, has_state = await _once(pair, owner, program, step, word, in_a_step=in_a_step)
         gone_s.append(seconds)
         saved += has_state
@@ -154,6 +155,10 @@ def _cpu_s(pid: int) -> float:
         return 0.0
 
 
-async def _until_lending(owner: ApiClient) -> None:
+async def _until_lending(pair: Swarm, owner: ApiClient) -> None:
+    """Until the provider lends and the submitter has heard of it."""
     while (await owner.status()).sharing.free_slots < 1:  # noqa: ASYNC110  as above
         await trio.sleep(0.05)
+    async with ApiClient(pair.submitter.paths.api_socket) as submitter:
+        while not (await submitter.peers(PeerNeed())).peers:  # noqa: ASYNC110  as above
+            await trio.sleep(0.1)
