@@ -56,6 +56,8 @@ _ERROR_OF_CODE: dict[ErrorCode, type[NextGPUError]] = {
     ErrorCode.SUBMITTER_LOST: PeerLost,
     ErrorCode.OWNER_RETURNED: OwnerReturned,
     ErrorCode.TRUNCATED: PeerLost,
+    ErrorCode.UNKNOWN_UNIT: PeerLost,
+    ErrorCode.WRONG_OFFSET: PeerLost,
 }
 _CODE_OF_STATUS = {
     "failed": ErrorCode.STEP_FAILED,

@@ -24,6 +24,8 @@ _REMEDIES = {
         *("SHUTTING_DOWN", "NOT_YET_VALID", "OUT_OF_MEMORY", "TIMED_OUT", "WORKER_CRASHED"),
         *_TOKEN,
         *("SUBMITTER_LOST", "PEER_UNREACHABLE", "TRUNCATED", "OWNER_RETURNED"),
+        # What a peer says that was asked to go on with a unit and no longer has it.
+        *("UNKNOWN_UNIT", "WRONG_OFFSET"),
     },
     Remedy.GIVE_UP: {"BAD_PROGRAM", "UNKNOWN_OPERATOR", "BAD_TENSORS", "STEP_FAILED", "CANCELLED"},
     Remedy.DISTRUST: {
