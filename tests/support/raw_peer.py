@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import trio
@@ -46,6 +46,7 @@ class RawPeer:
     network: Network
     key: SigningKey
     provider_id: str
+    units: list[RawUnit] = field(default_factory=list)
 
     def request(self, **changes: Any) -> UnitRequest:
         fields: dict[str, Any] = {
@@ -67,7 +68,13 @@ class RawPeer:
 
     async def open(self) -> RawUnit:
         stream = await self.network.open_stream(self.provider_id, UNIT_PROTOCOL)
-        return RawUnit(self, stream)
+        self.units.append(RawUnit(self, stream))
+        return self.units[-1]
+
+    async def leave(self) -> None:
+        """End every unit: a connection that is only cut would be waited for (47-resuming.md)."""
+        for unit in self.units:
+            await unit.stream.reset()
 
 
 class RawUnit:
@@ -173,5 +180,8 @@ async def raw_peer(provider_id: str, provider_address: str) -> AsyncIterator[Raw
     async with trio.open_nursery() as nursery:
         await nursery.start(network.run)
         await network.connect(provider_address)
-        yield RawPeer(network, key, provider_id)
+        peer = RawPeer(network, key, provider_id)
+        yield peer
+        with trio.move_on_after(1):
+            await peer.leave()
         nursery.cancel_scope.cancel()
